@@ -1,0 +1,1 @@
+"""From a scheduled chunk program to code that runs (imported as ``lsmc.lowering``)."""

@@ -1,0 +1,1 @@
+"""Blocks, experts and hybrid models (imported as ``lsmc.models``)."""

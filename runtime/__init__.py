@@ -1,0 +1,1 @@
+"""Training, data, checkpoints, benchmarks and the demo (imported as ``lsmc.runtime``)."""
