@@ -1,0 +1,360 @@
+"""The typed intermediate representation that every stage below the declaration speaks.
+
+A *tile* is a matrix whose two dimensions carry names: `T` (the tokens of one chunk), `K` (key), `V` (value) or `1`.
+A `Program` is one chunk's work: a list of single-assignment operations on tiles, named outputs, and *carries*, the
+tiles handed from one chunk to the next (forward in time, or backward for cotangents).
+
+Grammar (what `str(program)` prints and `parse` reads)::
+
+    program  ::= "program" NAME NEWLINE (op NEWLINE)* (carry NEWLINE)* (output NEWLINE)*
+    op       ::= "%" ID ":" "(" DIM "," DIM ")" "=" KIND "(" [%ID ("," %ID)*] ")" ["{" KEY "=" ATOM ("," ...)* "}"]
+    carry    ::= "carry" NAME ":" %ID "->" %ID ["reverse"]
+    output   ::= "output" NAME "=" %ID
+
+Operations, with rows i, j and columns d:
+
+| kind | meaning |
+|---|---|
+| `input{name,role}` | a tile of a user tensor (`token`), of a per-head constant (`head`) or a carried memory (`carry`) |
+| `map{expr}` | elementwise sympy expression of the operands x0, x1, …, broadcast along dimensions of size 1 |
+| `expand` | broadcast to the result's dimensions |
+| `transpose`, `matmul{ta,tb}` | linear algebra |
+| `sum{axis}` | sum over rows (axis 0) or columns (axis 1) |
+| `cumsum{reverse,exclusive}` | running sum over the rows |
+| `mask{strict}` | keep j < i (strict) or j <= i of a (T, T) tile |
+| `valid` | zero the rows behind the end of the sequence |
+| `form{wrt,strict,before}`, `form_gate` | the partial derivatives of the decay form, below |
+| `between{strict,before}` | D_ij = exp(sum of g over (j, i]), masked; `before` leaves out g_i: (j, i) |
+| `between_grad{before}` | its transpose: dg_l = sum of W_ij over the pairs whose interval holds l |
+| `solve{trans}`, `inverse` | (I + L)⁻¹ B or (I + L)⁻ᵀ B, and (I + L)⁻¹, for strictly lower L |
+
+**The decay form.** F(P, X, Y, g) = Σ_{j<i} Σ_d P_ij X_id Y_jd exp(Σ_{l in (j, i]} g_ld) is linear in P, X and Y. The
+decay-weighted product is ∂F/∂P, its application to values ∂F/∂X, the reverse application ∂F/∂Y and the gate gradient
+∂F/∂g, so one operation and one adjoint rule carry all decayed attention, over K and over V.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+
+from lsmc import functions
+from lsmc.errors import LsmIRError
+
+Dims = tuple[str, str]
+DIMS = ("T", "K", "V", "1")
+KINDS: dict[str, tuple[int, ...]] = {  # kind -> permitted operand counts
+    "input": (0,), "map": tuple(range(0, 17)), "expand": (1,), "transpose": (1,), "matmul": (2,), "sum": (1,),
+    "cumsum": (1,), "mask": (1,), "valid": (1,), "form": (3,), "form_gate": (4,), "between": (1,), "between_grad": (1,),
+    "solve": (2,), "inverse": (1,),
+}
+
+
+def operand(i: int) -> sympy.Symbol:
+    """The symbol that stands for operand `i` in a `map` expression."""
+    return sympy.Symbol(f"x{i}", real=True)
+
+
+@dataclass(frozen=True)
+class Op:
+    """One single-assignment operation: `%id: (rows, cols) = kind(args){attrs}`."""
+
+    id: int
+    dims: Dims
+    kind: str
+    args: tuple[int, ...] = ()
+    attrs: tuple[tuple[str, Any], ...] = ()
+
+    def attr(self, key: str) -> Any:
+        return dict(self.attrs)[key]
+
+    def __str__(self) -> str:
+        attrs = "{" + ", ".join(f"{k}={v}" for k, v in self.attrs) + "}" if self.attrs else ""
+        args = ", ".join(f"%{a}" for a in self.args)
+        return f"%{self.id}: ({self.dims[0]},{self.dims[1]}) = {self.kind}({args}){attrs}"
+
+
+@dataclass(frozen=True)
+class Carry:
+    """A memory handed from chunk to chunk: `inp` before the chunk, `out` after it; reversed in time for cotangents."""
+
+    name: str
+    inp: int
+    out: int
+    reverse: bool = False
+
+    def __str__(self) -> str:
+        return f"carry {self.name}: %{self.inp} -> %{self.out}" + (" reverse" if self.reverse else "")
+
+
+@dataclass(frozen=True)
+class Program:
+    """One chunk's operations, its carries and its outputs."""
+
+    name: str
+    ops: tuple[Op, ...]
+    carries: tuple[Carry, ...]
+    outputs: tuple[tuple[str, int], ...]
+    index: Mapping[int, Op] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "index", {op.id: op for op in self.ops})
+
+    def __str__(self) -> str:
+        lines = [f"program {self.name}", *map(str, self.ops), *map(str, self.carries)]
+        return "\n".join([*lines, *(f"output {n} = %{i}" for n, i in self.outputs)])
+
+    def inputs(self, *roles: str) -> Iterator[Op]:
+        """The input operations, of the given roles (all without any)."""
+        return (op for op in self.ops if op.kind == "input" and (not roles or op.attr("role") in roles))
+
+    def ancestors(self, roots: Iterable[int], known: Iterable[int] = ()) -> list[Op]:
+        """The operations needed for `roots` when the values `known` are given, in program order."""
+        have, need, todo = set(known), set[int](), list(roots)
+        while todo:
+            i = todo.pop()
+            if i not in need and i not in have:
+                need.add(i)
+                todo += self.index[i].args
+        return [op for op in self.ops if op.id in need]
+
+
+class Builder:
+    """Appends operations with common subexpressions shared; the only way in which passes make programs."""
+
+    def __init__(self, ops: Iterable[Op] = ()) -> None:
+        self.ops: list[Op] = []
+        self._seen: dict[tuple[Any, ...], int] = {}
+        for op in ops:
+            self._append(op)
+
+    def _append(self, op: Op) -> None:
+        self.ops.append(op)
+        self._seen[(op.dims, op.kind, op.args, op.attrs)] = op.id
+
+    def dims(self, i: int) -> Dims:
+        return self.ops[i].dims
+
+    def emit(self, kind: str, dims: Dims, *args: int, **attrs: Any) -> int:
+        key = (dims, kind, args, tuple(attrs.items()))
+        if key not in self._seen:
+            self._append(Op(len(self.ops), dims, kind, args, tuple(attrs.items())))
+        return self._seen[key]
+
+    def input(self, name: str, role: str, dims: Dims) -> int:
+        return self.emit("input", dims, name=name, role=role)
+
+    def map(self, expr: sympy.Expr | int, *args: int) -> int:
+        """Elementwise `expr` of x0, x1, …; operands that do not occur are dropped and equal ones merged."""
+        expr = sympy.sympify(expr)
+        used: list[int] = []
+        subs = {}
+        for i, arg in enumerate(args):
+            if operand(i) in expr.free_symbols:
+                if arg not in used:
+                    used.append(arg)
+                subs[operand(i)] = sympy.Dummy(f"a{used.index(arg)}", real=True)
+        order: dict[int, list[sympy.Symbol]] = {}
+        for i, arg in enumerate(args):
+            if operand(i) in subs:
+                order.setdefault(used.index(arg), []).append(subs[operand(i)])
+        expr = expr.xreplace(subs).xreplace({d: operand(n) for n, ds in order.items() for d in ds})
+        if len(used) == 1 and expr == operand(0):
+            return used[0]
+        return self.emit("map", broadcast(*(self.dims(a) for a in used)), *used, expr=expr)
+
+    def add(self, *args: int) -> int:
+        return args[0] if len(args) == 1 else self.map(sympy.Add(*(operand(i) for i in range(len(args)))), *args)
+
+    def mul(self, *args: int) -> int:
+        return self.map(sympy.Mul(*(operand(i) for i in range(len(args)))), *args)
+
+    def exp(self, a: int) -> int:
+        return self.map(sympy.exp(operand(0)), a)
+
+    def expand(self, a: int, dims: Dims) -> int:
+        return a if self.dims(a) == dims else self.emit("expand", dims, a)
+
+    def transpose(self, a: int) -> int:
+        r, c = self.dims(a)
+        return self.emit("transpose", (c, r), a)
+
+    def matmul(self, a: int, b: int, ta: bool = False, tb: bool = False) -> int:
+        da, db = self.dims(a), self.dims(b)
+        return self.emit("matmul", (da[1] if ta else da[0], db[0] if tb else db[1]), a, b, ta=ta, tb=tb)
+
+    def sum(self, a: int, axis: int) -> int:
+        r, c = self.dims(a)
+        if (r, c)[axis] == "1":
+            return a
+        return self.emit("sum", ("1", c) if axis == 0 else (r, "1"), a, axis=axis)
+
+    def reduce_to(self, a: int, dims: Dims) -> int:
+        """Sum the dimensions along which a tile of `dims` was broadcast (the adjoint of broadcasting)."""
+        for axis in (0, 1):
+            if dims[axis] == "1":
+                a = self.sum(a, axis)
+        return self.expand(a, dims)
+
+    def cumsum(self, a: int, reverse: bool = False, exclusive: bool = False) -> int:
+        return self.emit("cumsum", self.dims(a), a, reverse=reverse, exclusive=exclusive)
+
+    def valid(self, a: int) -> int:
+        return self.emit("valid", self.dims(a), a)
+
+    def mask(self, a: int, strict: bool) -> int:
+        return self.emit("mask", self.dims(a), a, strict=strict)
+
+    def form(self, wrt: str, strict: bool, before: bool, g: int | None, **args: int) -> int:
+        """∂F/∂wrt of the decay form for wrt in P, X, Y, from the other two; simpler operations where g allows them."""
+        dims: Dims = ("T", "T") if wrt == "P" else self.dims(args["Y" if wrt == "X" else "X"])
+        if g is None:  # no decay: F is a masked bilinear product
+            if wrt == "P":
+                return self.mask(self.matmul(args["X"], args["Y"], tb=True), strict)
+            p = self.mask(args["P"], strict)
+            return self.matmul(p, args["Y"]) if wrt == "X" else self.matmul(p, args["X"], ta=True)
+        if self.dims(g)[1] == "1":  # a scalar decay factors out of the sum over d
+            d = self.emit("between", ("T", "T"), g, strict=strict, before=before)
+            if wrt == "P":
+                return self.mul(self.matmul(args["X"], args["Y"], tb=True), d)
+            p = self.mul(args["P"], d)
+            return self.matmul(p, args["Y"]) if wrt == "X" else self.matmul(p, args["X"], ta=True)
+        rest = tuple(args[n] for n in ("P", "X", "Y") if n != wrt)
+        return self.emit("form", dims, *rest, g, wrt=wrt, strict=strict, before=before)
+
+    def solve(self, a: int, b: int, trans: bool = False) -> int:
+        """(I + L)⁻¹ B through the shared inverse, so that several right-hand sides and the adjoint pay for it once."""
+        inv = self.emit("inverse", ("T", "T"), a)
+        return self.matmul(inv, b, ta=trans)
+
+
+
+def broadcast(*dims: Dims) -> Dims:
+    """The dimensions of an elementwise result; raises `LsmIRError` when two names meet."""
+    out = ["1", "1"]
+    for d in dims:
+        for axis in (0, 1):
+            if d[axis] != "1":
+                if out[axis] not in ("1", d[axis]):
+                    raise LsmIRError(f"cannot broadcast dimension {d[axis]} against {out[axis]}")
+                out[axis] = d[axis]
+    return (out[0], out[1])
+
+
+def verify(program: Program) -> Program:
+    """Check that a program is well formed: single assignment, known kinds, matching dimensions, carries that close.
+
+    Returns the program; raises `LsmIRError` naming the operation.
+    """
+    seen: dict[int, Op] = {}
+    for op in program.ops:
+        def need(ok: bool, why: str, op: Op = op) -> None:
+            if not ok:
+                raise LsmIRError(f"in program {program.name}, operation\n    {op}\n{why}")
+
+        need(op.id not in seen, f"%{op.id} is assigned twice")
+        need(op.kind in KINDS, f"unknown operation {op.kind!r}")
+        need(len(op.args) in KINDS[op.kind], f"{op.kind} takes {KINDS[op.kind]} operands")
+        need(all(a in seen for a in op.args), "uses a value before it is defined")
+        need(all(d in DIMS for d in op.dims), f"dimensions are named {DIMS}")
+        a = [seen[x].dims for x in op.args]
+        match op.kind:
+            case "map":
+                expr = op.attr("expr")
+                free = {str(s) for s in expr.free_symbols}
+                need(free <= {f"x{i}" for i in range(len(a))}, "expression uses an operand that is not there")
+                need(broadcast(*a) == op.dims, "result is not the broadcast of the operands")
+            case "matmul":
+                inner = a[0][0 if op.attr("ta") else 1], a[1][1 if op.attr("tb") else 0]
+                outer = a[0][1 if op.attr("ta") else 0], a[1][0 if op.attr("tb") else 1]
+                need(inner[0] == inner[1] and op.dims == outer, "matrix dimensions do not match")
+            case "sum":
+                want = ("1", a[0][1]) if op.attr("axis") == 0 else (a[0][0], "1")
+                need(op.dims == want, "result must lose the summed dimension")
+            case "expand":
+                need(broadcast(a[0], op.dims) == op.dims, "cannot expand to these dimensions")
+            case "transpose":
+                need(op.dims == (a[0][1], a[0][0]), "result must be transposed")
+            case "cumsum" | "valid":
+                need(op.dims == a[0] and a[0][0] == "T", "works on the rows of a (T, ·) tile")
+            case "mask" | "inverse":
+                need(op.dims == a[0] == ("T", "T"), "works on (T, T) tiles")
+            case "between":
+                need(a[0] == ("T", "1") and op.dims == ("T", "T"), "maps (T, 1) to (T, T)")
+            case "between_grad":
+                need(a[0] == ("T", "T") and op.dims == ("T", "1"), "maps (T, T) to (T, 1)")
+            case "form":
+                need(op.attr("wrt") in ("P", "X", "Y"), "wrt is P, X or Y")
+                need(a[-1][0] == "T" and a[-1][1] in ("K", "V"), "the decay is a (T, K) or (T, V) tile")
+        seen[op.id] = op
+    for c in program.carries:
+        if seen[c.inp].dims != seen[c.out].dims:
+            raise LsmIRError(f"in program {program.name}, {c}: the memory changes its dimensions")
+    for name, i in program.outputs:
+        if i not in seen:
+            raise LsmIRError(f"in program {program.name}, output {name} is undefined")
+    return program
+
+
+def prune(program: Program) -> Program:
+    """Drop operations that no output and no carry needs, and number the rest from 0: equal programs print equally."""
+    live = program.ancestors([i for _, i in program.outputs] + [c.out for c in program.carries]
+                             + [c.inp for c in program.carries])
+    new = {op.id: n for n, op in enumerate(live)}
+    ops = tuple(Op(new[o.id], o.dims, o.kind, tuple(new[a] for a in o.args), o.attrs) for o in live)
+    carries = tuple(Carry(c.name, new[c.inp], new[c.out], c.reverse) for c in program.carries)
+    return Program(program.name, ops, carries, tuple((n, new[i]) for n, i in program.outputs))
+
+
+_OP = re.compile(r"%(\d+): \((\w),(\w)\) = (\w+)\(([^()]*)\)(?:\{(.*)\})?$")
+_ATOM = re.compile(r"(\w+)=(.*)")
+_SAFE = re.compile(r"[\w\s.+\-*/(),]*$")
+
+
+def parse(text: str) -> Program:
+    """Read what `str(program)` prints; `LsmIRError` names the line that cannot be read."""
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    if not lines or not lines[0].startswith("program "):
+        raise LsmIRError("a program starts with 'program NAME'")
+    ops: list[Op] = []
+    carries: list[Carry] = []
+    outputs: list[tuple[str, int]] = []
+    for line in lines[1:]:
+        if m := _OP.match(line):
+            args = tuple(int(a.strip()[1:]) for a in m[5].split(",") if a.strip())
+            ops.append(Op(int(m[1]), (m[2], m[3]), m[4], args, _parse_attrs(m[6] or "", line)))
+        elif m := re.match(r"carry (\w+): %(\d+) -> %(\d+)( reverse)?$", line):
+            carries.append(Carry(m[1], int(m[2]), int(m[3]), bool(m[4])))
+        elif m := re.match(r"output (\w+) = %(\d+)$", line):
+            outputs.append((m[1], int(m[2])))
+        else:
+            raise LsmIRError(f"cannot read this line of the program:\n    {line}")
+    return verify(Program(lines[0].split()[1], tuple(ops), tuple(carries), tuple(outputs)))
+
+
+def _parse_attrs(text: str, line: str) -> tuple[tuple[str, Any], ...]:
+    if text.startswith("expr="):
+        return (("expr", parse_expr(text[5:], line)),)
+    out: list[tuple[str, Any]] = []
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        m = _ATOM.match(part)
+        if not m:
+            raise LsmIRError(f"cannot read the attribute {part!r} in\n    {line}")
+        value: Any = {"True": True, "False": False}.get(m[2], int(m[2]) if m[2].isdigit() else m[2])
+        out.append((m[1], value))
+    return tuple(out)
+
+
+def parse_expr(text: str, line: str = "") -> sympy.Expr:
+    """An elementwise expression from text made of numbers, x0…, + - * / ** and the functions of `lsmc.functions`."""
+    names = set(re.findall(r"[A-Za-z_]\w*", text))
+    table = functions.sympy_names()
+    unknown = {n for n in names if n not in table and not re.fullmatch(r"x\d+|e\d*", n)}
+    if unknown or not _SAFE.match(text) or "__" in text:
+        raise LsmIRError(f"unknown name {sorted(unknown)} in expression {text!r} of\n    {line}")
+    scope: dict[str, Any] = {**table, **{f"x{i}": operand(i) for i in range(16)}}
+    return sympy.sympify(sympy.parse_expr(text, local_dict=scope))

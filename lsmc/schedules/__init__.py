@@ -1,0 +1,10 @@
+"""The schedules a program may be cut by; a new one is a new file and its line here."""
+
+from lsmc.schedules.base import Choice, Cut, Kernel, Schedule, choose
+from lsmc.schedules.cost import Cost, Shape
+from lsmc.schedules.fused import fused
+from lsmc.schedules.two_pass import two_pass
+
+CUTS: dict[str, Cut] = {"fused": fused, "two_pass": two_pass}
+
+__all__ = ["CUTS", "Choice", "Cost", "Cut", "Kernel", "Schedule", "Shape", "choose", "fused", "two_pass"]

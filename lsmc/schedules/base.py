@@ -1,0 +1,101 @@
+"""A schedule cuts a chunk program into kernels: what is scanned, what crosses memory, what is recomputed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lsmc.ir import Op, Program
+from lsmc.schedules.cost import Cost, Shape, cost
+from lsmc.target import H200, Target
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch: a `scan` over the chunks that carries `carries` on chip, or (no carries) all chunks in parallel.
+
+    `saves` names carries whose value before each chunk is written to memory; other carries that the body needs are
+    read from there. `stores` names outputs. What the body holds follows from the graph: everything that these need.
+    """
+
+    name: str
+    carries: tuple[str, ...]
+    saves: tuple[str, ...]
+    stores: tuple[str, ...]
+
+    def own(self, program: Program) -> set[int]:
+        return {c.inp for c in program.carries if c.name in self.carries}
+
+    def body(self, program: Program) -> list[Op]:
+        roots = [i for n, i in program.outputs if n in self.stores]
+        roots += [c.out for c in program.carries if c.name in self.carries]
+        roots += [c.inp for c in program.carries if c.name in self.carries]
+        return program.ancestors(roots)
+
+    def loads(self, program: Program) -> tuple[str, ...]:
+        """The carries of earlier kernels that this one reads back from memory."""
+        body = {op.id for op in self.body(program)}
+        return tuple(c.name for c in program.carries if c.inp in body and c.name not in self.carries)
+
+    def reverse(self, program: Program) -> bool:
+        return any(c.reverse for c in program.carries if c.name in self.carries)
+
+    def __str__(self) -> str:
+        what = f"scan carrying {', '.join(self.carries)}" if self.carries else "all chunks in parallel"
+        parts = [f"saves {', '.join(self.saves)}"] * bool(self.saves)
+        parts += [f"stores {', '.join(self.stores)}"] * bool(self.stores)
+        return f"{self.name}: {what}; {'; '.join(parts) or 'keeps its ends'}"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Kernels in launch order, for one program."""
+
+    name: str
+    kernels: tuple[Kernel, ...]
+
+    def __str__(self) -> str:
+        return "\n".join([f"schedule {self.name}", *(f"  {k}" for k in self.kernels)])
+
+
+Cut = Callable[[Program], Schedule]
+
+
+def needed(program: Program, kernels: list[Kernel]) -> tuple[Kernel, ...]:
+    """Save only the carries that a later kernel reads back; drop kernels that are left with nothing to do."""
+    out: list[Kernel] = []
+    wanted: set[str] = set()
+    for k in reversed(kernels):
+        k = Kernel(k.name, k.carries, tuple(s for s in k.saves if s in wanted), k.stores)
+        ends = any(not program.name.endswith("_backward") or c.reverse for c in program.carries if c.name in k.carries)
+        if k.saves or k.stores or ends:
+            wanted |= set(k.loads(program))
+            out.append(k)
+    return tuple(reversed(out))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The chosen schedule and why: the estimate of every candidate, best first."""
+
+    schedule: Schedule
+    estimates: tuple[tuple[Schedule, float, tuple[Cost, ...]], ...]
+
+    def __str__(self) -> str:
+        lines = [str(self.schedule), "", "candidates, best first:"]
+        for s, t, costs in self.estimates:
+            lines.append(f"  {s.name:<10} {t * 1e6:9.1f} us: " + ", ".join(
+                f"{k.name} {c.bytes / 1e6:.1f} MB, {c.flops / 1e9:.2f} GFLOP, {c.steps} dependent products"
+                for k, c in zip(s.kernels, costs, strict=True)))
+        return "\n".join(lines)
+
+
+def choose(program: Program, cuts: tuple[Cut, ...], shape: Shape, target: Target = H200) -> Choice:
+    """Rank the candidate cuts by estimated time."""
+    found = []
+    for cut in cuts:
+        s = cut(program)
+        costs = tuple(cost(program, k, shape) for k in s.kernels)
+        found.append((s, sum(c.seconds(target) for c in costs), costs))
+    found.sort(key=lambda f: f[1])
+    return Choice(found[0][0], tuple(found))
