@@ -12,14 +12,19 @@ from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
-# Derandomised: the same examples on every run, so that a red test is a change of the code. LSMC_EXAMPLES=1000 digs deeper.
+# Derandomised: the same examples on every run, so a red test is a change of the code.
+# LSMC_EXAMPLES=1000 digs deeper.
 settings.register_profile(
     "lsmc",
     derandomize=True,
     deadline=None,
     database=None,
     max_examples=int(os.environ.get("LSMC_EXAMPLES", "25")),
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
+    suppress_health_check=[
+        HealthCheck.too_slow,
+        HealthCheck.data_too_large,
+        HealthCheck.function_scoped_fixture,
+    ],
     print_blob=True,
 )
 settings.load_profile("lsmc")
@@ -27,7 +32,9 @@ settings.load_profile("lsmc")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
-    parser.addoption("--accept-goldens", action="store_true", help="write the present text as the golden text")
+    parser.addoption(
+        "--accept-goldens", action="store_true", help="write the present text as the golden text"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -45,9 +52,9 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture()
+@pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
-    """``golden(name, text)``: text equals ``tests/golden/<name>.txt``; ``--accept-goldens`` writes it instead."""
+    """``golden(name, text)``: the text equals ``tests/golden/<name>.txt``; ``--accept-goldens`` writes it."""
 
     def check(name: str, text: str) -> None:
         path = Path(__file__).parent / "golden" / f"{name}.txt"
@@ -58,6 +65,6 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
         elif not path.exists():
             pytest.fail(f"no golden {path.name}: read the text, then `make golden` accepts it\n\n{text}")
         else:
-            assert text == path.read_text(), f"{path.name} changed: read the difference, then `make golden` accepts it"
+            assert text == path.read_text(), f"{path.name} changed: read how; `make golden` accepts"
 
     return check
