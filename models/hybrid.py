@@ -1,0 +1,136 @@
+"""``HybridMoE``: LSM and attention layers in any pattern, each followed by a mixture of experts."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from lsmc.models.blocks import Attention, LinearMixer, RMSNorm, ShortConvolution
+from lsmc.models.configs import ModelConfig
+from lsmc.models.moe import MixtureOfExperts, RouterStatistics
+
+
+class Losses(NamedTuple):
+    """``total`` is to be minimised: mean negative log likelihood (nats a token) + weighted router losses.
+
+    ``load (layers, E)`` is each expert's share of its layer's assignments.
+    """
+
+    total: Tensor
+    nll: Tensor
+    balance: Tensor
+    z: Tensor
+    load: Tensor
+
+
+class Block(nn.Module):
+    """``x + mixer(norm(x))``, then ``x + experts(norm(x))``."""
+
+    def __init__(self, config: ModelConfig, kind: str) -> None:
+        super().__init__()
+        self.mixer_norm = RMSNorm(config.hidden, eps=config.norm_eps)
+        self.mixer = LinearMixer(config) if kind == "L" else Attention(config)
+        self.experts_norm = RMSNorm(config.hidden, eps=config.norm_eps)
+        self.experts = MixtureOfExperts(config)
+
+    def _experts(self, x: Tensor) -> tuple[Tensor, RouterStatistics]:
+        y, statistics = self.experts(self.experts_norm(x))
+        return x + y, statistics
+
+    def forward(self, x: Tensor) -> tuple[Tensor, RouterStatistics]:
+        return self._experts(x + self.mixer(self.mixer_norm(x)))
+
+    def prefill(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        y, state = self.mixer.prefill(self.mixer_norm(x), state)
+        return self._experts(x + y)[0], state
+
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        y, state = self.mixer.step(self.mixer_norm(x), state)
+        return self._experts(x + y)[0], state
+
+
+class HybridMoE(nn.Module):
+    """Embedding, blocks by ``config.pattern``, RMSNorm, untied head.
+
+    - ``model(tokens)``: logits ``(B, T, vocabulary)``;
+    - ``model(tokens, targets)``: :class:`Losses`;
+    - ``logits, state = model.prefill(tokens)`` and ``logits, state = model.step(token, state)``: decoding, with memory
+      constant in the length for 'L' layers.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocabulary, config.hidden)
+        self.blocks = nn.ModuleList(Block(config, kind) for kind in config.pattern)
+        self.norm = RMSNorm(config.hidden, eps=config.norm_eps)
+        self.head = nn.Linear(config.hidden, config.vocabulary, bias=False)
+        self.initialise()
+
+    def initialise(self) -> None:
+        """Normal weights; the two projections that feed the residual stream are smaller by √(2 layers)."""
+        std, depth = self.config.initial_std, self.config.layers
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=std)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, ShortConvolution):
+                module.initialise()
+        for block in self.blocks:
+            nn.init.normal_(block.mixer.out.weight, std=std / math.sqrt(2 * depth))
+            block.experts.initialise(std, depth)
+            if block.experts.shared is not None:
+                nn.init.normal_(block.experts.shared.w_out.weight, std=std / math.sqrt(2 * depth))
+
+    def parameter_counts(self) -> tuple[int, int]:
+        """``(all, active without embeddings)``: a token uses ``top_k`` of the experts; embedding and head left out."""
+        total = sum(p.numel() for p in self.parameters())
+        embeddings = self.embedding.weight.numel() + self.head.weight.numel()
+        moe = self.config.moe
+        experts = sum(b.experts.w_in.numel() + b.experts.w_out.numel() for b in self.blocks)
+        return total, total - embeddings - experts + experts * moe.top_k // moe.experts
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor | Losses:
+        """``tokens, targets (B, T)`` int64."""
+        x = self.embedding(tokens)
+        statistics: list[RouterStatistics] = []
+        for block in self.blocks:
+            if self.config.activation_checkpointing and torch.is_grad_enabled():
+                x, s = checkpoint(block, x, use_reentrant=False)
+            else:
+                x, s = block(x)
+            statistics.append(s)
+        logits = self.head(self.norm(x))
+        if targets is None:
+            return logits
+        moe = self.config.moe
+        nll = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        balance = torch.stack([s.balance for s in statistics]).mean()
+        z = torch.stack([s.z for s in statistics]).mean()
+        total = nll + moe.balance_loss * balance + moe.z_loss * z
+        load = torch.stack([s.load for s in statistics])
+        return Losses(total, nll, balance, z, load)
+
+    def prefill(self, tokens: Tensor, state: list[Any] | None = None) -> tuple[Tensor, list[Any]]:
+        """Logits ``(B, T, vocabulary)`` of ``tokens (B, T)``, T ≥ 1, and the state after them."""
+        x = self.embedding(tokens)
+        states = []
+        for block, before in zip(self.blocks, state or [None] * len(self.blocks)):
+            x, after = block.prefill(x, before)
+            states.append(after)
+        return self.head(self.norm(x)), states
+
+    def step(self, token: Tensor, state: list[Any]) -> tuple[Tensor, list[Any]]:
+        """Logits ``(B, vocabulary)`` after one more ``token (B,)``."""
+        x = self.embedding(token)
+        states = []
+        for block, before in zip(self.blocks, state):
+            x, after = block.step(x, before)
+            states.append(after)
+        return self.head(self.norm(x)), states
