@@ -57,6 +57,8 @@ def _pullback(b: Builder, op: Op, d: int) -> list[tuple[int, int]]:
             return [(a[0], b.transpose(d))]
         case "sum":
             return [(a[0], b.expand(d, b.dims(a[0])))]
+        case "max":
+            return []
         case "cumsum":
             return [(a[0], b.cumsum(d, not op.attr("reverse"), op.attr("exclusive")))]
         case "mask":

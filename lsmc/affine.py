@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 import sympy
 
-from lsmc.errors import LsmIRError
-from lsmc.ir import Builder, Carry, Op, Program, operand
+from lsmc.ir import Builder, Carry, LsmIRError, Op, Program, operand
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import sympy
 
 from lsmc.canonical import Canonical, Query, Read
 from lsmc.errors import LsmNoChunkFormError, LsmNotAffineError
-from lsmc.expr import Field, Sum
+from lsmc.expr import Field, Max, Sum, number
 from lsmc.ir import Builder, Carry, Dims, Program, operand, prune, verify
 
 MEMORY, NORMALIZER = "M", "Z"
@@ -46,13 +46,11 @@ class _Derivation:
     def __init__(self, canonical: Canonical, scale: float) -> None:
         self.c, self.b = canonical, Builder()
         if canonical.decay_kv is not None:
-            raise LsmNoChunkFormError(
-                canonical.name, "a matrix decay over (K, V) does not factor over K and V",
-                "use Vector('a', over='K') * Vector('b', over='V'), or run lsmc.reference")
+            raise _no_chunk_form(canonical, "a matrix decay over (K, V) does not factor over K and V",
+                                 "use Vector('a') * Vector('b', over='V')")
         if canonical.reads and canonical.decay_v is not None:
-            raise LsmNoChunkFormError(
-                canonical.name, "a memory that decays along V cannot be read by its own update in chunk form",
-                "decay along K, or drop the read; lsmc.reference runs it step by step")
+            raise _no_chunk_form(canonical, "a memory that decays along V is read by its own update",
+                                 "decay along K, or drop the read")
         self.values: dict[sympy.Symbol, int] = {}
         for f in canonical.inputs:
             self.values[f] = self._input(f, scale)
@@ -62,7 +60,7 @@ class _Derivation:
     def _input(self, f: Field, scale: float) -> int:
         last = f.dims[0] if f.dims else "1"
         tile = self.b.input(f.name, f.per, ("T" if f.per == "token" else "1", last))
-        return self.b.map(operand(0) * sympy.Float(scale), tile) if f.name == "q" and scale != 1.0 else tile
+        return self.b.map(operand(0) * number(scale), tile) if f.name == "q" and scale != 1.0 else tile
 
     def _gate(self, expr: sympy.Expr | None) -> int | None:
         if expr is None:
@@ -73,16 +71,20 @@ class _Derivation:
     def lower(self, expr: sympy.Expr, dims: Dims | None = None) -> int:
         """An elementwise expression with contractions (`Sum`) over inputs and earlier values, as tiles."""
         expr = sympy.sympify(expr)
-        inner = {}
-        for s in sorted(expr.atoms(Sum), key=lambda s: -len(list(sympy.preorder_traversal(s)))):
-            if not any(s != t and t.has(s) for t in expr.atoms(Sum)):
-                inner[s] = self.b.sum(self.lower(s.args[1]), axis=1)
+        inner = {s: self._reduce(s) for s in outermost(expr)}
         stand_in = {s: sympy.Dummy(real=True) for s in inner}
         expr = expr.xreplace(stand_in)
         known = {**self.values, **{stand_in[s]: i for s, i in inner.items()}}
         used = sorted(expr.free_symbols, key=lambda s: known[s])
         tile = self.b.map(expr.xreplace({s: operand(n) for n, s in enumerate(used)}), *(known[s] for s in used))
         return tile if dims is None else self.b.expand(tile, dims)
+
+    def _reduce(self, node: Sum) -> int:
+        """A contraction over a named dimension; a body that does not vary over it counts once per element."""
+        body = self.lower(node.body)
+        rows = self.b.dims(body)[0]
+        body = self.b.expand(body, (rows, node.dim))
+        return self.b.emit("max", (rows, "1"), body, axis=1) if isinstance(node, Max) else self.b.sum(body, axis=1)
 
     # -- decays -----------------------------------------------------------------------------------------------------
 
@@ -122,7 +124,7 @@ class _Derivation:
         for w in self.c.writes:
             coefs = {s: sympy.diff(w.value, s) for s in symbols}
             if any(c.has(*symbols) for c in coefs.values()) if symbols else False:
-                raise LsmNotAffineError(self.c.name, str(w.value))
+                raise LsmNotAffineError.of(self.c.name, w.value, symbols)
             const = sympy.expand(w.value).xreplace({s: sympy.Integer(0) for s in symbols})
             out = _Written(self.b.valid(self._key(w.key)), self.lower(const, ("T", "V")), None)
             if self.c.normalizer:
@@ -133,9 +135,8 @@ class _Derivation:
             else:
                 plain.append(out)
         if len(correcting) > 1:
-            raise LsmNoChunkFormError(
-                self.c.name, f"{len(correcting)} writes at different keys depend on what is read",
-                "write the correction at one key; lsmc.reference runs it step by step")
+            raise _no_chunk_form(self.c, f"{len(correcting)} writes at different keys depend on what is read",
+                                 "write the correction at one key")
         for out, coefs in correcting:
             self._solve(out, coefs, plain, memory)
             plain.append(out)
@@ -149,9 +150,8 @@ class _Derivation:
                 continue
             b = self.lower(coef)
             if self.b.dims(b)[1] != "1":
-                raise LsmNoChunkFormError(
-                    self.c.name, f"the read is weighted by {coef}, which varies along V",
-                    "weight it by a scalar per token; lsmc.reference runs it step by step")
+                raise _no_chunk_form(self.c, f"the read is weighted by {coef}, which varies along V",
+                                     "weight it by a scalar per token")
             key = self._key(read.key)
             rhs.append(self.b.mul(b, self._through_memory(key, read.at, memory)))
             rhs += [self.b.mul(b, self._from_write(key, read.at, w, w.value)) for w in known]
@@ -192,3 +192,18 @@ class _Derivation:
             self.values[q.symbol] = self._query(q, q.of, writes, memories[q.of])
         o = self.lower(self.c.output, ("T", "V"))
         return verify(prune(Program(self.c.name, tuple(b.ops), tuple(carries), (("o", o),))))
+
+
+def _no_chunk_form(canonical: Canonical, what: str, way: str) -> LsmNoChunkFormError:
+    return LsmNoChunkFormError(f"{canonical.name} has no chunk form: {what}",
+                               help=f"{way}; lsmc.reference runs it step by step")
+
+
+def outermost(expr: sympy.Expr) -> list[Sum]:
+    """The contractions in `expr` that stand in no other contraction, in a fixed order."""
+    if isinstance(expr, Sum):
+        return [expr]
+    out: list[Sum] = []
+    for arg in expr.args:
+        out += [n for n in outermost(arg) if n not in out]
+    return out

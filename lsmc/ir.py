@@ -20,6 +20,7 @@ Operations, with rows i, j and columns d:
 | `expand` | broadcast to the result's dimensions |
 | `transpose`, `matmul{ta,tb}` | linear algebra |
 | `sum{axis}` | sum over rows (axis 0) or columns (axis 1) |
+| `max{axis}` | the largest entry of each row, a shift that no result depends on: its cotangent is zero |
 | `cumsum{reverse,exclusive}` | running sum over the rows |
 | `mask{strict}` | keep j < i (strict) or j <= i of a (T, T) tile |
 | `valid` | zero the rows behind the end of the sequence |
@@ -42,13 +43,19 @@ from typing import Any
 
 import sympy
 
-from lsmc import functions
-from lsmc.errors import LsmIRError
+from lsmc.errors import LsmError
+from lsmc.functions import FUNCTIONS, exp
 
 Dims = tuple[str, str]
+
+
+class LsmIRError(LsmError):
+    """A program that is not well formed, or text that is no program; names the operation or the line."""
+
+
 DIMS = ("T", "K", "V", "1")
 KINDS: dict[str, tuple[int, ...]] = {  # kind -> permitted operand counts
-    "input": (0,), "map": tuple(range(0, 17)), "expand": (1,), "transpose": (1,), "matmul": (2,), "sum": (1,),
+    "input": (0,), "map": tuple(range(0, 17)), "expand": (1,), "transpose": (1,), "matmul": (2,), "sum": (1,), "max": (1,),
     "cumsum": (1,), "mask": (1,), "valid": (1,), "form": (3,), "form_gate": (4,), "between": (1,), "between_grad": (1,),
     "solve": (2,), "inverse": (1,),
 }
@@ -174,7 +181,7 @@ class Builder:
         return self.map(sympy.Mul(*(operand(i) for i in range(len(args)))), *args)
 
     def exp(self, a: int) -> int:
-        return self.map(sympy.exp(operand(0)), a)
+        return self.map(exp(operand(0)), a)
 
     def expand(self, a: int, dims: Dims) -> int:
         return a if self.dims(a) == dims else self.emit("expand", dims, a)
@@ -272,7 +279,7 @@ def verify(program: Program) -> Program:
                 inner = a[0][0 if op.attr("ta") else 1], a[1][1 if op.attr("tb") else 0]
                 outer = a[0][1 if op.attr("ta") else 0], a[1][0 if op.attr("tb") else 1]
                 need(inner[0] == inner[1] and op.dims == outer, "matrix dimensions do not match")
-            case "sum":
+            case "sum" | "max":
                 want = ("1", a[0][1]) if op.attr("axis") == 0 else (a[0][0], "1")
                 need(op.dims == want, "result must lose the summed dimension")
             case "expand":
@@ -352,7 +359,7 @@ def _parse_attrs(text: str, line: str) -> tuple[tuple[str, Any], ...]:
 def parse_expr(text: str, line: str = "") -> sympy.Expr:
     """An elementwise expression from text made of numbers, x0…, + - * / ** and the functions of `lsmc.functions`."""
     names = set(re.findall(r"[A-Za-z_]\w*", text))
-    table = functions.sympy_names()
+    table = {name: spec.cls for name, spec in FUNCTIONS.items()} | {"sqrt": sympy.sqrt}
     unknown = {n for n in names if n not in table and not re.fullmatch(r"x\d+|e\d*", n)}
     if unknown or not _SAFE.match(text) or "__" in text:
         raise LsmIRError(f"unknown name {sorted(unknown)} in expression {text!r} of\n    {line}")

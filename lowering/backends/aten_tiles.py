@@ -1,0 +1,216 @@
+"""Tile operations of the IR on ATen: every tile is a batch `(B, HV, N, rows, columns)` over sequences, heads and chunks.
+
+The decay form is computed by halving: in a block of s tokens, a pair with i in the upper and j in the lower half factors
+through the boundary between them, e^{sum over (j, i]} = e^{sum over (boundary, i]} e^{sum over (j, boundary]}. Each level
+is a matrix product of operands scaled by factors ≤ 1, sums stay short, and nothing is a difference of long sums.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def cumsum(x: Tensor, reverse: bool = False, exclusive: bool = False) -> Tensor:
+    """Running sum over the rows; exclusive ones are shifted, never subtracted, so −inf (an exact reset) is legal."""
+    if reverse:
+        return cumsum(x.flip(-2), exclusive=exclusive).flip(-2)
+    if exclusive:
+        x = torch.cat([torch.zeros_like(x[..., :1, :]), x[..., :-1, :]], -2)
+    return x.cumsum(-2)
+
+
+def mask(x: Tensor, strict: bool) -> Tensor:
+    return x.tril(-1 if strict else 0)
+
+
+def between(g: Tensor, strict: bool, before: bool) -> Tensor:
+    """D_ij = exp(sum of g over (j, i]) for j < i (j <= i unless strict); g: (…, C, 1), result (…, C, C)."""
+    c = g.shape[-2]
+    keep = torch.ones(c, c, dtype=torch.bool, device=g.device).tril(-1)
+    sums = cumsum(torch.where(keep, g, torch.zeros_like(g)), exclusive=before)
+    keep = keep if strict else torch.ones_like(keep).tril()
+    return torch.where(keep, sums, -torch.inf).exp()
+
+
+def between_grad(w: Tensor, before: bool) -> Tensor:
+    """dg_l = sum of W_ij over j < l <= i (l < i when `before`): (…, C, C) to (…, C, 1)."""
+    return cumsum(w, reverse=True, exclusive=before).tril(-1).sum(-1, keepdim=True)
+
+
+def inverse(lower: Tensor) -> Tensor:
+    """(I + L)⁻¹ for strictly lower L by blocks: [[A, 0], [L, B]]⁻¹ = [[A⁻¹, 0], [−B⁻¹ L A⁻¹, B⁻¹]]."""
+    c, s = lower.shape[-1], 2
+    inv = torch.ones_like(lower[..., :1, :1]).expand(*lower.shape[:-2], c, 1, 1)
+    while s <= c:
+        pair = inv.unflatten(-3, (c // s, 2))
+        a, b = pair.select(-3, 0), pair.select(-3, 1)
+        inv = _assemble(pair, -(b @ _corner(lower, s) @ a))
+        s *= 2
+    return inv.squeeze(-3)
+
+
+def form(wrt: str, x: Tensor, y: Tensor, g: Tensor, strict: bool, before: bool) -> Tensor:
+    """∂F/∂wrt for a decay that varies along the columns; (x, y) are the other two of P, X, Y in this order."""
+    c = g.shape[-2]
+    if wrt == "P":
+        inv = (x * y).sum(-1)[..., None, None]
+        inv = torch.zeros_like(inv) if strict else inv
+        for s, up, down in _levels(g, before):
+            inv = _assemble(inv.unflatten(-3, (c // s, 2)), (_upper(x, s) * up) @ (_lower(y, s) * down).mT)
+        return inv.squeeze(-3)
+    p, z = x, y
+    out = torch.zeros_like(z) if strict else p.diagonal(dim1=-2, dim2=-1)[..., None] * z
+    for s, up, down in _levels(g, before):
+        if wrt == "X":
+            part = up * (_corner(p, s) @ (_lower(z, s) * down))
+            out = out + torch.stack([torch.zeros_like(part), part], -3).flatten(-4, -2)
+        else:
+            part = down * (_corner(p, s).mT @ (_upper(z, s) * up))
+            out = out + torch.stack([part, torch.zeros_like(part)], -3).flatten(-4, -2)
+    return out
+
+
+def form_gate(p: Tensor, x: Tensor, y: Tensor, g: Tensor, before: bool) -> Tensor:
+    """∂F/∂g: dg_l sums the pairs j < l <= i (l < i when `before`), level by level and without any subtraction."""
+    out = torch.zeros_like(g)
+    for s, up, down in _levels(g, before):
+        corner, xs, ys = _corner(p, s), _upper(x, s) * up, _lower(y, s) * down
+        upper = cumsum(xs * (corner @ ys), reverse=True, exclusive=before)
+        lower = cumsum(ys * (corner.mT @ xs), exclusive=True)
+        out = out + torch.stack([lower, upper], -3).flatten(-4, -2)
+    return out
+
+
+def _levels(g: Tensor, before: bool) -> list[tuple[int, Tensor, Tensor]]:
+    """Per block size s: decays from the boundary up to each upper row, and from each lower row to the boundary."""
+    out, s, c = [], 2, g.shape[-2]
+    while s <= c:
+        up = cumsum(_upper(g, s), exclusive=before).exp()
+        out.append((s, up, cumsum(_lower(g, s), reverse=True, exclusive=True).exp()))
+        s *= 2
+    return out
+
+
+def _upper(x: Tensor, s: int) -> Tensor:
+    return x.unflatten(-2, (x.shape[-2] // s, 2, s // 2)).select(-3, 1)
+
+
+def _lower(x: Tensor, s: int) -> Tensor:
+    return x.unflatten(-2, (x.shape[-2] // s, 2, s // 2)).select(-3, 0)
+
+
+def _corner(p: Tensor, s: int) -> Tensor:
+    """The (upper rows, lower columns) quarter of each diagonal block of size s: (…, C/s, s/2, s/2)."""
+    c, h = p.shape[-1], s // 2
+    blocks = p.unflatten(-1, (c // s, s)).unflatten(-3, (c // s, s))
+    return blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)[..., h:, :h]
+
+
+def _assemble(pair: Tensor, corner: Tensor) -> Tensor:
+    """Diagonal blocks of half size (…, C/s, 2, h, h) and their lower-left corners to blocks (…, C/s, s, s)."""
+    a, b = pair.select(-3, 0), pair.select(-3, 1)
+    top = torch.cat([a, torch.zeros_like(corner)], -1)
+    return torch.cat([top, torch.cat([corner, b], -1)], -2)
+
+
+@torch.library.custom_op("lsmc::carry", mutates_args=())
+def carry(scale: Tensor | None, transition: Tensor | None, constant: Tensor | None, start: Tensor,
+          reset: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor]:
+    """The memories that reach each chunk under M ↦ scale ⊙ M + transition M + constant, and the last one.
+
+    scale: (B, H, N, K or 1, V or 1), transition: (B, H, N, K, K), constant: (B, H, N, K, V), start: (B, H, K, V) →
+    (B, H, N, K, V), (B, H, K, V). For packed sequences B is 1, start is (S, H, K, V), and reset is (N,) int64: the
+    sequence that (in the direction of the scan) begins with chunk n as s, else −1 − s; ends are (S, H, K, V).
+    """
+    given = next(t for t in (constant, transition, scale) if t is not None)
+    n = given.shape[2]
+    memory = start
+    ends = start.clone()
+    owner = None
+    if reset is not None:
+        owner = torch.where(reset >= 0, reset, -1 - reset)
+        memory = torch.zeros_like(start[:1])
+    states = start.new_empty((memory.shape[0], memory.shape[1], n, *memory.shape[2:]))
+    for i in reversed(range(n)) if reverse else range(n):
+        if reset is not None and owner is not None:
+            memory = torch.where(reset[i] >= 0, start[owner[i]][None], memory)
+        states[:, :, i] = memory
+        new = memory * scale[:, :, i] if scale is not None else None
+        if transition is not None:
+            moved = transition[:, :, i] @ memory
+            new = moved if new is None else new + moved
+        if constant is not None:
+            new = constant[:, :, i].expand_as(memory) if new is None else new + constant[:, :, i]
+        assert new is not None
+        memory = new
+        if owner is not None:
+            ends[owner[i]] = memory[0]
+    return states, (memory.clone() if owner is None else ends)
+
+
+@carry.register_fake
+def _(scale: Tensor | None, transition: Tensor | None, constant: Tensor | None, start: Tensor, reset: Tensor | None,
+      reverse: bool) -> tuple[Tensor, Tensor]:
+    given = next(t for t in (constant, transition, scale) if t is not None)
+    b = start.shape[0] if reset is None else 1
+    return (start.new_empty((b, start.shape[1], given.shape[2], *start.shape[2:])),
+            torch.empty_like(start, memory_format=torch.contiguous_format))
+
+
+class Dense:
+    """Tiling of equally long sequences: chunk n holds the tokens nC … nC + C − 1, the last one padded with zeros."""
+
+    reset_forward: Tensor | None = None
+    reset_reverse: Tensor | None = None
+
+    def __init__(self, tokens: int, chunk: int, device: torch.device) -> None:
+        self.t, self.c = tokens, chunk
+        self.n = (tokens + chunk - 1) // chunk
+        rows = torch.arange(self.n * chunk, device=device).view(self.n, chunk, 1)
+        self.rows = rows < tokens
+
+    def tile(self, x: Tensor) -> Tensor:
+        """(B, T, H, D) → (B, H, N, C, D)."""
+        x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, self.n * self.c - self.t))
+        return x.unflatten(1, (self.n, self.c)).permute(0, 3, 1, 2, 4)
+
+    def untile(self, x: Tensor) -> Tensor:
+        """(B, H, N, C, D) → (B, T, H, D)."""
+        return x.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, : self.t]
+
+    def valid(self, x: Tensor) -> Tensor:
+        return torch.where(self.rows, x, torch.zeros_like(x))
+
+
+class Packed(Dense):
+    """Tiling of packed sequences (B = 1): every sequence starts a chunk of its own; unused chunks are empty."""
+
+    def __init__(self, tokens: int, chunk: int, cu_seqlens: Tensor) -> None:
+        device, cu = cu_seqlens.device, cu_seqlens.long()
+        self.t, self.c = tokens, chunk
+        lengths = cu[1:] - cu[:-1]
+        counts = (lengths + chunk - 1) // chunk
+        ends = counts.cumsum(0)
+        self.n = tokens // chunk + lengths.shape[0]
+        chunks = torch.arange(self.n, device=device)
+        last = torch.minimum(chunks, ends[-1] - 1)  # chunks behind the end repeat the owner of the last real one
+        owner = torch.searchsorted(ends, last, right=True).clamp(max=lengths.shape[0] - 1)
+        first = ends[owner] - counts[owner]
+        start = cu[:-1][owner] + (chunks - first) * chunk
+        index = start[:, None] + torch.arange(chunk, device=device)
+        self.rows = ((index < cu[1:][owner][:, None]) & (chunks < ends[-1])[:, None])[..., None]
+        self.index = torch.where(self.rows[..., 0], index, tokens)
+        spare = chunks >= ends[-1]  # nothing follows them, and in reverse nothing precedes: identity on no sequence
+        self.reset_forward = torch.where((chunks == first) & ~spare, owner, -1 - owner)
+        self.reset_reverse = torch.where((chunks == ends[owner] - 1) & ~spare, owner, -1 - owner)
+        token = torch.arange(tokens, device=device)
+        seq = torch.searchsorted(cu[1:].contiguous(), token, right=True).clamp(max=lengths.shape[0] - 1)
+        self.place = (ends[seq] - counts[seq]) * chunk + token - cu[:-1][seq]
+
+    def tile(self, x: Tensor) -> Tensor:
+        x = torch.cat([x, torch.zeros_like(x[:, :1])], 1)
+        return x[:, self.index].permute(0, 3, 1, 2, 4)
+
+    def untile(self, x: Tensor) -> Tensor:
+        return x.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, self.place]

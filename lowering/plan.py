@@ -1,0 +1,71 @@
+"""A plan: one method at one set of options, from its chunk program down to compiled kernels on each kind of device."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+from torch import Tensor
+
+from lsmc.ir import Program
+from lsmc.lowering.backends import aten
+from lsmc.schedules import Choice
+
+
+class Executable(Protocol):
+    """What a backend makes of a program and its schedule."""
+
+    source: str
+    hash: str
+
+    def launch(self, inputs: Mapping[str, Tensor], memories: Mapping[str, Tensor], chunk: int,
+               cu_seqlens: Tensor | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]: ...
+
+
+def backend(device: str) -> str:
+    """The backend for a device type: Triton on CUDA, ATen elsewhere; the variable `LSMC_BACKEND` overrides it."""
+    return os.environ.get("LSMC_BACKEND") or ("triton" if device == "cuda" else "aten")
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A program with the schedule chosen for it, and what a backend compiled from them."""
+
+    program: Program
+    choice: Choice
+    target: str
+
+    @cached_property
+    def executable(self) -> Executable:
+        if self.target == "triton":
+            from lsmc.lowering.backends import triton
+            return triton.Compiled(self.program, self.choice.schedule)
+        return aten.Compiled(self.program, self.choice.schedule)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Forward and backward of one method; `key` names it in a graph and covers all generated source."""
+
+    name: str
+    chunk: int
+    forward: Direction
+    backward: Direction
+
+    @cached_property
+    def key(self) -> str:
+        text = f"{self.forward.executable.hash}{self.backward.executable.hash}{self.chunk}"
+        return f"{self.name}:{self.forward.target}:{hashlib.sha256(text.encode()).hexdigest()[:20]}"
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return tuple(op.attr("name") for op in self.backward.program.inputs("token", "head")
+                     if f"d_{op.attr('name')}" in dict(self.backward.program.outputs))
+
+    @property
+    def carries(self) -> tuple[str, ...]:
+        return tuple(c.name for c in self.forward.program.carries)

@@ -1,0 +1,95 @@
+"""The compiler from end to end, stage by stage: read this file first.
+
+    declaration → canonical form → chunk program → backward program → schedules → generated source → torch operator
+
+Every stage is a value that prints, and a function to the next. `LSMC_PRINT=after:chunk` (or `after:all`) prints stages
+as they are made.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from lsmc.adjoint import differentiate
+from lsmc.canonical import Canonical
+from lsmc.chunk import derive
+from lsmc.errors import LsmDeclarationError
+from lsmc.ir import Program
+from lsmc.lowering.plan import Direction, Plan
+from lsmc.schedules import CUTS, Choice, Shape, choose
+
+_T = TypeVar("_T")
+
+CHUNK = 64
+"""Tokens per chunk where nothing else is asked for."""
+
+TYPICAL = Shape(sequences=64, tokens=4096, key=128, value=128, chunk=CHUNK)
+"""The sizes that schedules are ranked at while the real ones are symbolic."""
+
+STAGES: dict[str, str] = {
+    "canonical": "read, correct, write, decay: one form for every way of writing a method",
+    "chunk": "the same for C tokens at once",
+    "backward": "reverse-mode differentiation of the chunk program",
+    "schedule": "where the forward program is cut into kernels, and why",
+    "backward_schedule": "where the backward program is cut into kernels, and why",
+    "source": "the generated forward code",
+    "backward_source": "the generated backward code",
+}
+"""The stages in order, with what each holds."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a caller may fix: the factor on q, the chunk length, the schedule by name, and the backend."""
+
+    scale: float = 1.0
+    chunk: int = CHUNK
+    schedule: str | None = None
+    target: str = "aten"
+
+
+def compile_plan(canonical: Canonical, options: Options, shape: Shape = TYPICAL) -> Plan:
+    """All stages below the canonical form, as one plan.
+
+    Raises `LsmNotAffineError` or `LsmNoChunkFormError` for methods without a chunk form, and `LsmDeclarationError`
+    for a chunk length that is no power of two or an unknown schedule.
+    """
+    if options.chunk < 1 or options.chunk & (options.chunk - 1):
+        raise LsmDeclarationError(f"chunk={options.chunk}: chunk lengths are powers of two", help="use 16, 32, 64 or 128")
+    if options.schedule is not None and options.schedule not in CUTS:
+        raise LsmDeclarationError(f"schedule={options.schedule!r} is not known", help=f"one of {', '.join(CUTS)}")
+    forward = _log("chunk", derive(canonical, options.scale))
+    backward = _log("backward", differentiate(forward))
+    cuts = tuple(CUTS[n] for n in CUTS if options.schedule in (None, n))
+
+    def direction(program: Program, stage: str) -> Direction:
+        choice: Choice = _log(stage, choose(program, cuts, shape))
+        return Direction(program, choice, options.target)
+
+    return Plan(canonical.name, options.chunk, direction(forward, "schedule"), direction(backward, "backward_schedule"))
+
+
+def stages(canonical: Canonical, options: Options, shape: Shape = TYPICAL) -> dict[str, str]:
+    """Every stage of a method as text, in order."""
+    plan = compile_plan(canonical, options, shape)
+    text: dict[str, Callable[[], object]] = {
+        "canonical": lambda: canonical,
+        "chunk": lambda: plan.forward.program,
+        "backward": lambda: plan.backward.program,
+        "schedule": lambda: plan.forward.choice,
+        "backward_schedule": lambda: plan.backward.choice,
+        "source": lambda: plan.forward.executable.source,
+        "backward_source": lambda: plan.backward.executable.source,
+    }
+    return {name: str(text[name]()) for name in STAGES}
+
+
+def _log(stage: str, value: _T) -> _T:
+    wanted = os.environ.get("LSMC_PRINT", "").removeprefix("after:").split(",")
+    if stage in wanted or "all" in wanted:
+        sys.stderr.write(f"── after {stage}\n{value}\n")
+    return value
