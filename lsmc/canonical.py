@@ -1,0 +1,448 @@
+"""Declaration → read, correct, write, decay: one normal form for all writings of a method, found by algebra.
+
+    R  = key · M'                      reads, of the memory before (M_{s-1}) or after (D(M_{s-1})) this step's decay
+    M  = D(M_{s-1}) + Σ keyᵀ value     writes; the values may contain reads
+    o  = output(inputs, Y)             with queries Y = key · M of M_{s-1}, D(M_{s-1}) or M_s, or of the normaliser Z
+
+The delta rule written as ``beta * outer(k, v - k @ M)``, as ``(eye - beta * outer(k, k)) @ M + beta * outer(k, v)`` or as
+``-beta * grad(norm2(k @ M - v) / 2, M)`` gives the same canonical form and the same text.
+
+How: every read ``Sum(K, key * M)`` is replaced by a symbol, bottom-up; what remains is a sum of products of a part over K, a part
+over V and scalars; equal keys are collected, then keys of equal values; scalars move from keys to values; what is left of M
+itself belongs to the decay.  Without a decay M_{s-1} and D(M_{s-1}) are one, and "previous" is its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import reduce
+from math import gcd, lcm
+
+import sympy
+
+from lsmc.errors import LsmDecayError, LsmDimsError, LsmUpdateError, Where
+from lsmc.expr import DIMS, KV, MEMORIES, MEMORY, NORMALIZER, STANDARD, Field, Sum, contract, dims_of, inputs_of, show, show_dims
+from lsmc.functions import exp, log, log1p
+
+
+@dataclass(frozen=True)
+class Read:
+    """``symbol = key · M_{s-1}`` (at="previous") or ``key · D(M_{s-1})`` (at="decayed"); key has dims (K,), symbol (V,)."""
+
+    symbol: Field
+    key: sympy.Expr
+    at: str
+
+
+@dataclass(frozen=True)
+class Write:
+    """``M += keyᵀ value``; key has dims (K,) or (), value dims (V,) or (), and may contain read symbols."""
+
+    key: sympy.Expr
+    value: sympy.Expr
+
+
+@dataclass(frozen=True)
+class Query:
+    """``symbol = key · M`` (of="M", symbol dims (V,)) or ``key · Z`` (of="Z", symbol dims ()), at previous, decayed or updated."""
+
+    symbol: Field
+    key: sympy.Expr
+    at: str
+    of: str
+
+
+@dataclass(frozen=True)
+class Canonical:
+    """The canonical form of a declaration; `str` prints it.
+
+    One step: reads from M_{s-1} or D(M_{s-1});  M_s = D(M_{s-1}) + Σ_w key_wᵀ value_w;  queries;  o = output (dims (V,)).
+    D(M) = e^{decay_k} ⊙ M ⊙ e^{decay_v} ⊙ e^{decay_kv}; the parts are log decays with dims () or (K,); (V,); (K, V), or None.
+    `inputs`: q, k, v (those that are used), then the decay's inputs, then the others, by name.
+    `normalizer`: there is a second memory Z ∈ R^K, the same recurrence with v = 1 (its reads are scalars key · Z).
+    `defaults`: per-head inputs that may be omitted, as functions of the number of heads.
+    `scale` of a call multiplies every occurrence of q.
+    """
+
+    name: str
+    inputs: tuple[Field, ...]
+    decay_k: sympy.Expr | None
+    decay_v: sympy.Expr | None
+    decay_kv: sympy.Expr | None
+    reads: tuple[Read, ...]
+    writes: tuple[Write, ...]
+    queries: tuple[Query, ...]
+    output: sympy.Expr
+    normalizer: bool
+    defaults: dict[str, Callable[[int], list[float]]] = field(compare=False)
+
+    def __str__(self) -> str:
+        memory = {"previous": "M", "decayed": "M'", "updated": "M+"}
+        lines = [f"{self.name}({', '.join(symbol.name + symbol.shape.replace(' ', '') for symbol in self.inputs)})"]
+        parts = [
+            f"exp({show(part)}){show_dims(dims_of(part)).replace(' ', '')}"
+            for part in (self.decay_k, self.decay_v, self.decay_kv)
+            if part is not None
+        ]
+        lines.append(f"  decay   M' = {' * '.join([*parts, 'M'])}")
+        lines += [f"  read    {r.symbol} = ({show(r.key)}) . {memory[r.at]}" for r in self.reads]
+        lines += [f"  write   M+ = M' + ({show(w.key)})^T ({show(w.value)})" for w in self.writes[:1]]
+        lines += [f"               + ({show(w.key)})^T ({show(w.value)})" for w in self.writes[1:]]
+        lines += [f"  query   {y.symbol} = ({show(y.key)}) . {memory[y.at].replace('M', y.of)}" for y in self.queries]
+        return "\n".join([*lines, f"  output  o = {show(self.output)}"])
+
+
+# -------------------------------------------------------------------------------------------------------- normal forms
+
+
+def expand(expr: sympy.Expr) -> sympy.Expr:
+    """Products distributed over sums, at the top level only; powers, functions and contractions are left whole."""
+    return sympy.expand(expr, deep=False, mul=True, multinomial=False, power_exp=False, power_base=False, log=False, basic=False)
+
+
+def tidy(expr: sympy.Expr) -> sympy.Expr:
+    """The same value with signs, contractions and arguments in a standard form, bottom-up."""
+    if not expr.args:
+        return expr
+    args = [tidy(arg) for arg in expr.args]
+    if isinstance(expr, Sum):
+        dim, body = args
+        if type(expr) is Sum:
+            return contract(str(dim), body if dims_of(body) else expand(body))
+        return expr.func(dim, body)
+    if isinstance(expr, sympy.Pow) and isinstance(args[0], sympy.Add) and args[0].could_extract_minus_sign():
+        if args[1].is_Integer:  # (R - v)² and (v - R)² are one; odd powers carry the sign outside
+            return (-1) ** args[1] * (-args[0]) ** args[1]
+    made = expr.func(*args)
+    return expand(made) if isinstance(made, sympy.Mul) else made
+
+
+def separate(expr: sympy.Expr) -> list[tuple[sympy.Expr, sympy.Expr]]:
+    """Σ aᵢ bᵢ = expr with aᵢ free of V and bᵢ free of K; scalars go with b.  Raises ValueError when there is no such form."""
+    dims = dims_of(expr)
+    if "K" not in dims:
+        return [(sympy.S.One, expr)]
+    if "V" not in dims:
+        return [(expr, sympy.S.One)]
+    if isinstance(expr, sympy.Add):
+        return [pair for arg in expr.args for pair in separate(arg)]
+    if isinstance(expr, sympy.Mul):
+        pairs = [(sympy.S.One, sympy.S.One)]
+        for factor in expr.args:
+            pairs = [(a * c, b * d) for a, b in pairs for c, d in separate(factor)]
+        return pairs
+    if isinstance(expr, sympy.Pow) and expr.exp.is_Integer:
+        if isinstance(expr.base, sympy.Mul):
+            return separate(sympy.Mul(*(factor**expr.exp for factor in expr.base.args)))
+        if expr.exp > 0:
+            return separate(sympy.expand(expr, deep=False))
+    if isinstance(expr, exp) and isinstance(expr.args[0], sympy.Add):
+        return separate(sympy.Mul(*(exp(arg) for arg in expr.args[0].args)))
+    raise ValueError(f"{show(expr)} is no sum of products of a part over K and a part over V")
+
+
+def split_scalars(term: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
+    """(scalar factors, the others) of a product; scalars have no dims."""
+    free, bound = [], []
+    for factor in sympy.Mul.make_args(term):
+        (bound if dims_of(factor) else free).append(factor)
+    return sympy.Mul(*free), sympy.Mul(*bound)
+
+
+def content(expr: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
+    """(c, p) with expr = c·p: c the scalars (numbers and sign included) common to all terms of the expanded `expr`."""
+    terms = sorted(sympy.Add.make_args(expand(expr)), key=lambda term: show(split_scalars(term)[1]) + show(term))
+    if len(terms) == 1:
+        return split_scalars(terms[0])
+    numbers: list[sympy.Rational] = []
+    powers: list[dict[sympy.Expr, sympy.Expr]] = []
+    for term in terms:
+        coefficient, rest = split_scalars(term)[0].as_coeff_Mul()
+        numbers.append(coefficient if coefficient.is_Rational else sympy.S.One)
+        powers.append({base: power for base, power in (f.as_base_exp() for f in sympy.Mul.make_args(rest))})
+    common = sympy.S.One
+    for base, power in powers[0].items():
+        others = [table.get(base) for table in powers]
+        if base != 1 and all(other is not None and other.is_Number and other.is_positive for other in others):
+            common *= base ** min(other for other in others if other is not None)
+        elif base != 1 and all(other == power for other in others):
+            common *= base**power
+    size = sympy.Rational(reduce(gcd, (abs(n.p) for n in numbers)), reduce(lcm, (n.q for n in numbers)))
+    common *= size if numbers[0].is_positive else -size
+    return common, sympy.Add(*(term / common for term in terms))
+
+
+def collect(pairs: Iterable[tuple[sympy.Expr, sympy.Expr]]) -> list[tuple[sympy.Expr, sympy.Expr]]:
+    """Σ aᵢ bᵢ with as few products as equal keys, then proportional values, allow; in a standard order.
+
+    k v + 1 v − k R − 1 R  →  (k + 1)(v − R)
+    """
+    by_key: dict[sympy.Expr, sympy.Expr] = {}
+    for a, b in pairs:
+        for term in sympy.Add.make_args(expand(a)):
+            factor, key = split_scalars(term)
+            by_key[key] = by_key.get(key, sympy.S.Zero) + factor * b
+    by_value: dict[sympy.Expr, list[sympy.Expr]] = {}
+    for key, value in by_key.items():
+        value = expand(tidy(value))
+        if value != 0:
+            factor, primitive = content(value)
+            by_value.setdefault(primitive, []).append(factor * key)
+    found = []
+    for primitive, keys in by_value.items():
+        factor, key = content(sympy.Add(*keys))
+        found.append((key, expand(factor * primitive)))
+    return sorted((pair for pair in found if pair[0] != 0), key=lambda pair: (show(pair[0]), show(pair[1])))
+
+
+# -------------------------------------------------------------------------------------------------------------- reads
+
+
+class _Reads:
+    """Replaces reads of the memory by symbols; equal keys share one."""
+
+    def __init__(self) -> None:
+        self.symbols: dict[tuple[Field, sympy.Expr], Field] = {}
+
+    def symbol(self, memory: Field, key: sympy.Expr) -> Field:
+        return self.symbols.setdefault((memory, key), Field(f"?{len(self.symbols)}", [d for d in memory.dims if d != "K"]))
+
+    def replace(self, expr: sympy.Expr) -> sympy.Expr:
+        """`expr` with every ``Sum(K, key * M)`` replaced; raises ValueError when a read is not linear in the memory."""
+        if not (expr.free_symbols & MEMORIES) or not expr.args:
+            return expr
+        args = [self.replace(arg) for arg in expr.args]
+        if type(expr) is not Sum or expr.dim != "K" or not (args[1].free_symbols & MEMORIES):
+            return expr.func(*args)
+        body, found = args[1], sympy.S.Zero
+        for memory in sorted(body.free_symbols & MEMORIES, key=str):
+            factor, body = linear(body, memory)
+            for key, value in collect(separate(factor)):
+                found += value * self.symbol(memory, key)
+        return found + contract("K", body)
+
+
+def linear(expr: sympy.Expr, memory: Field) -> tuple[sympy.Expr, sympy.Expr]:
+    """(c, rest) with expr = c ⊙ memory + rest, both free of `memory`; raises ValueError when there are none."""
+    factor = sympy.diff(expr, memory) if not _under_sum(expr, memory) else None
+    if factor is None or memory in factor.free_symbols:
+        raise ValueError(f"{show(expr)} is not linear in {memory}")
+    return factor, expr.xreplace({memory: sympy.S.Zero})
+
+
+def _under_sum(expr: sympy.Expr, memory: Field) -> bool:
+    if isinstance(expr, Sum):
+        return memory in expr.free_symbols
+    return any(_under_sum(arg, memory) for arg in expr.args)
+
+
+def _depends(expr: sympy.Expr, symbols: Iterable[sympy.Symbol]) -> bool:
+    return bool(expr.free_symbols & set(symbols))
+
+
+# ------------------------------------------------------------------------------------------------------- canonicalise
+
+
+def canonicalise(
+    name: str,
+    decay: tuple[sympy.Expr | None, sympy.Expr | None, sympy.Expr | None],
+    update: sympy.Expr,
+    readout: sympy.Expr,
+    defaults: dict[str, Callable[[int], list[float]]],
+    *,
+    recurrence: bool = False,
+    where: Where | None = None,
+) -> Canonical:
+    """The canonical form of M_s = D(M_{s-1}) + update (or, with `recurrence`, M_s = update), o = readout.
+
+    Raises LsmUpdateError when the update is no sum of outer products, reads and a scaling of the memory, LsmDimsError when the
+    readout is no vector over V, LsmDecayError when what the update adds to the memory makes it grow for certain.
+    """
+    side = "recurrence" if recurrence else "update"
+    spot, seen = (where.at(side), where.at("readout")) if where else (None, None)
+    decay_k, decay_v, decay_kv = (None if part is None else tidy(part) for part in decay)
+    still = decay_k is None and decay_v is None and decay_kv is None
+
+    def named(expr: sympy.Expr, bare: str) -> sympy.Expr:
+        table = {}
+        for fields in (MEMORY, NORMALIZER):
+            table[fields["current"]] = fields[bare]
+            if still:
+                table[fields["decayed"]] = fields["previous"]
+        return expr.xreplace(table).xreplace(table)
+
+    if dims_of(update) != KV and update != 0:
+        raise LsmDimsError(
+            f"the {side} {show(update)} has dims {show_dims(dims_of(update))}; the memory has dims (K, V)",
+            where=spot, help="outer(k, v) makes a matrix of two vectors",
+        )  # fmt: skip
+    if update.free_symbols & set(NORMALIZER.values()):
+        raise LsmUpdateError("the update reads the normaliser; only a readout may", where=spot)
+    if dims_of(readout) != {"V"}:
+        raise LsmDimsError(
+            f"the readout {show(readout)} has dims {show_dims(dims_of(readout))}; the output has dims (V,)",
+            where=seen, help="the default is q @ M",
+        )  # fmt: skip
+
+    # the update: reads, then what multiplies the memory itself, then outer products
+    reads = _Reads()
+    previous, decayed = MEMORY["previous"], MEMORY["decayed"]
+    way = "an update is a sum of outer(key over K, value over V), possibly with reads x @ M in the values, and multiples of M"
+    try:
+        rest = reads.replace(named(update, "previous"))
+        kept: dict[Field, sympy.Expr] = {}
+        for memory in (previous, decayed):
+            kept[memory], rest = linear(rest, memory)
+        pairs = collect(separate(rest))
+    except ValueError as error:
+        raise LsmUpdateError(f"{name}: {error}", where=spot, help=way) from None
+    if recurrence:
+        kept[previous if still else decayed] -= 1
+    symbols = list(reads.symbols.values())
+    for key, _ in [*pairs, *((key, 0) for _, key in reads.symbols), *((factor, 0) for factor in kept.values())]:
+        if _depends(key, symbols):
+            raise LsmUpdateError(
+                f"{name}: the key {show(_restore(key, reads))} depends on what was read", where=spot,
+                help="values may depend on reads; keys and decays depend on inputs only",
+            )  # fmt: skip
+    used = {symbol: at_key for at_key, symbol in reads.symbols.items() if any(symbol in value.free_symbols for _, value in pairs)}
+    reads_decayed = any(memory == decayed for memory, _ in used.values()) or decayed in named(readout, "updated").free_symbols
+
+    decay_k, decay_kv = _fold(name, decay_k, decay_v, decay_kv, {m: expand(f) for m, f in kept.items()}, reads_decayed, spot)
+
+    # names in a standard order: by place, then by the text of the key
+    order = sorted(used, key=lambda symbol: (used[symbol][0].name != previous.name, show(used[symbol][1])))
+    rename = {symbol: Field(f"R{i}", ("V",)) for i, symbol in enumerate(order)}
+    # values are collected again under the final names, so that their order of terms does not depend on the writing
+    writes = tuple(Write(key, value) for key, value in collect((key, value.xreplace(rename)) for key, value in pairs))
+    read_list = tuple(Read(rename[s], used[s][1], "previous" if used[s][0] == previous else "decayed") for s in order)
+
+    queries, output = _queries(name, tidy(named(readout, "updated")), seen)
+    normalizer = any(query.of == "Z" for query in queries)
+    if normalizer:
+        _check_normalizer(name, decay_v, decay_kv, writes, read_list, seen)
+
+    decays = [part for part in (decay_k, decay_v, decay_kv) if part is not None]
+    rest_of = [*(r.key for r in read_list), *(e for w in writes for e in (w.key, w.value)), *(y.key for y in queries), output]
+    made = {r.symbol for r in read_list} | {y.symbol for y in queries}
+    in_decay = frozenset().union(*(inputs_of(part) for part in decays)) if decays else frozenset()
+    others = frozenset().union(*(inputs_of(part) for part in rest_of)) - in_decay - made
+    everything = in_decay | others
+    inputs = (
+        *(symbol for symbol in STANDARD if symbol in everything),
+        *sorted(in_decay - set(STANDARD), key=lambda symbol: symbol.name),
+        *sorted(others - set(STANDARD), key=lambda symbol: symbol.name),
+    )
+    known = {symbol.name for symbol in inputs}
+    return Canonical(
+        name, inputs, decay_k, decay_v, decay_kv, read_list, writes, queries, output, normalizer,
+        {key: value for key, value in defaults.items() if key in known},
+    )  # fmt: skip
+
+
+def _restore(expr: sympy.Expr, reads: _Reads) -> sympy.Expr:
+    back = {symbol: sympy.Symbol(f"({show(key)} @ {memory})") for (memory, key), symbol in reads.symbols.items()}
+    return expr.xreplace(back)
+
+
+def _fold(
+    name: str,
+    decay_k: sympy.Expr | None,
+    decay_v: sympy.Expr | None,
+    decay_kv: sympy.Expr | None,
+    kept: dict[Field, sympy.Expr],
+    reads_decayed: bool,
+    where: Where | None,
+) -> tuple[sympy.Expr | None, sympy.Expr | None]:
+    """What an update adds as c_p ⊙ M_{s-1} + c_d ⊙ D(M_{s-1}) joins the decay: e^g (1 + c_d) + c_p, as a log decay."""
+    c_p, c_d = kept[MEMORY["previous"]], kept[MEMORY["decayed"]]
+    if c_p == 0 and c_d == 0:
+        return decay_k, decay_kv
+    if reads_decayed and (decay_k is not None or decay_v is not None or decay_kv is not None):
+        raise LsmUpdateError(
+            f"{name}: the update scales the memory and M.decayed is read: which decay is meant is ambiguous",
+            where=where, help="put the whole scaling into decay=…",
+        )  # fmt: skip
+    if c_p != 0 and (decay_v is not None or decay_kv is not None):
+        raise LsmUpdateError(
+            f"{name}: the update adds {show(c_p)} * M to a memory that decays over V", where=where, help="put it into decay=…"
+        )
+    log_of = sympy.S.Zero
+    if c_p != 0:
+        log_of = _log(expand((exp(decay_k) if decay_k is not None else 1) * (1 + c_d) + c_p), name, where)
+    else:
+        log_of = (decay_k if decay_k is not None else 0) + _log(1 + c_d, name, where)
+    if log_of.is_positive:
+        raise LsmDecayError(
+            f"{name}: with what the update adds, the memory is multiplied by more than 1 at every token (log decay {show(log_of)})",
+            where=where, help="the update is added to the decayed memory; to give all of M_s, use recurrence=…",
+        )  # fmt: skip
+    if dims_of(log_of) == KV or "V" in dims_of(log_of):
+        parts = log_of - (decay_k or 0)
+        return decay_k, (decay_kv or sympy.S.Zero) + parts
+    return (None if log_of == 0 else log_of), decay_kv
+
+
+def _log(factor: sympy.Expr, name: str, where: Where | None) -> sympy.Expr:
+    """ln(factor), as a sum of the logarithms of its factors; ln(1 + c) as log1p(c)."""
+    if factor == 0:
+        raise LsmUpdateError(f"{name}: the update removes the whole memory", where=where, help="recurrence=… gives all of M_s")
+    if factor.is_number:
+        if not factor.is_positive:
+            raise LsmUpdateError(f"{name}: the memory is multiplied by {show(factor)}; decays are in (0, 1]", where=where)
+        return log(factor)
+    parts = []
+    for part in sympy.Mul.make_args(sympy.factor_terms(factor)):
+        base, power = part.as_base_exp()
+        unit = isinstance(base, sympy.Add) and base.as_coeff_Add()[0] == 1
+        parts.append(power * (log1p(base - 1) if unit else log(base)))
+    return sympy.Add(*parts)
+
+
+def _queries(name: str, readout: sympy.Expr, where: Where | None) -> tuple[tuple[Query, ...], sympy.Expr]:
+    """Queries and the output over their symbols."""
+    found = _Reads()
+    way = "read the memory with a row vector: q @ M, q @ M.previous, q @ (M.previous + outer(u * k, v)), q @ M.normalizer"
+    try:
+        output = tidy(found.replace(readout))
+    except ValueError as error:
+        raise LsmUpdateError(f"{name}: readout: {error}", where=where, help=way) from None
+    if output.free_symbols & MEMORIES:
+        raise LsmUpdateError(f"{name}: the readout {show(output)} uses the memory without reading it", where=where, help=way)
+    output = expand(output)
+    places = [field.name for field in (*MEMORY.values(), *NORMALIZER.values())]
+    order = sorted(
+        ((symbol, memory, key) for (memory, key), symbol in found.symbols.items() if symbol in output.free_symbols),
+        key=lambda item: (places.index(item[1].name), show(item[2])),
+    )
+    counts = {"M": 0, "Z": 0}
+    rename, queries = {}, []
+    for symbol, memory, key in order:
+        if _depends(key, found.symbols.values()):
+            raise LsmUpdateError(f"{name}: the query {show(key)} depends on what was read", where=where, help=way)
+        of, at = memory.name.split(".")
+        rename[symbol] = Field(f"{'Y' if of == 'M' else 'N'}{counts[of]}", ("V",) if of == "M" else ())
+        counts[of] += 1
+        queries.append(Query(rename[symbol], key, at, of))
+    return tuple(queries), expand(tidy(output.xreplace(rename)))
+
+
+def _check_normalizer(
+    name: str, decay_v: object, decay_kv: object, writes: tuple[Write, ...], reads: tuple[Read, ...], where: Where | None
+) -> None:
+    if decay_v is not None or decay_kv is not None:
+        raise LsmUpdateError(
+            f"{name}: M.normalizer needs a decay over K only: Z has no dim V", where=where, help="drop the decay over V"
+        )
+    gone = {symbol: Field(symbol.name) for symbol in (STANDARD[2], *(read.symbol for read in reads))}
+    for write in writes:
+        value = write.value.xreplace(gone)
+        if dims_of(value) or any(sum_.dim == "V" for sum_ in value.atoms(Sum)):
+            raise LsmUpdateError(
+                f"{name}: M.normalizer is the memory of v = 1, but the written value {show(write.value)} varies over V otherwise",
+                where=where, help="keep a normaliser of your own as a second declaration",
+            )  # fmt: skip
+
+
+__all__ = ["DIMS", "Canonical", "Query", "Read", "Write", "canonicalise", "collect", "content", "expand", "separate", "tidy"]

@@ -1,0 +1,159 @@
+"""`LSM`: the declaration of a linear sequence model, a pair (decay type, update rule) and optionally a readout.
+
+    gla = LSM("gla", decay=Vector("g"), update=outer(k, v))
+
+says  M_s = D_s(M_{s-1}) + update,  o_s = q_s · M_s.  In an update `M` is the memory before the decay and `M.decayed` after it; in a
+readout `M` is the updated memory.  Declaring costs milliseconds and runs nothing; every mistake that can be seen without
+tensors is raised here, at the line of the declaration.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import sympy
+
+from lsmc.decays import Decay, Identity
+from lsmc.errors import LsmDeclarationError, LsmDimsError, LsmDuplicateNameError, LsmUnknownSymbolError, Where, here
+from lsmc.expr import MEMORIES, Field, M, Operator, Sum, Term, _short, check_name, inputs_of, q, show
+
+if TYPE_CHECKING:
+    from lsmc.canonical import Canonical
+
+
+class LSM:
+    """A method:  M_s = D_s(M_{s-1}) + update,  o_s = readout.  Immutable, hashable by content.
+
+    name         letters, digits and underscores
+    decay        Identity(), Constant, Scalar, Vector, Matrix, or a product of them
+    update       a (K, V) term added to the decayed memory: sums of outer(key, value), values possibly with reads ``k @ M``
+    recurrence   instead of `update`, the whole right-hand side: ``(eye - beta * outer(k, k)) @ M.decayed + beta * outer(k, v)``
+    readout      a term over V; default ``q @ M``.  ``q @ M.previous`` reads before the update,
+                 ``q @ (M.previous + outer(u * k, v))`` gives the present token a bonus, ``+ D * v`` skips,
+                 ``(q @ M) / (q @ M.normalizer + 1e-6)`` normalises
+
+    Calling it runs the compiled operator (see `lsmc.api`); `step` runs one token; `canonical` is its canonical form.
+    Raises subclasses of LsmError.
+    """
+
+    name: str
+    decay: Decay
+    update: sympy.Expr
+    readout: sympy.Expr
+    where: Where | None
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        decay: Decay | None = None,
+        update: Term | None = None,
+        recurrence: Term | None = None,
+        readout: Term | None = None,
+    ) -> None:
+        where = here()
+        check_name(name, where.at(0) if where else None, what="method")
+        if decay is None:
+            decay = Identity()
+        if not isinstance(decay, Decay):
+            shown = f'"{decay}"' if isinstance(decay, str) else _short(decay)
+            raise LsmDeclarationError(
+                f"decay={shown} is no decay type", where=where.at("decay") if where else None,
+                help=f"use Identity(), Constant(…), Scalar({shown}), Vector({shown}) or Matrix(…)",
+            )  # fmt: skip
+        if (update is None) == (recurrence is None):
+            raise LsmDeclarationError(
+                "give either update= (what is added to the decayed memory) or recurrence= (all of M_s)", where=where,
+                help="LSM(name, decay=…, update=outer(k, v))",
+            )  # fmt: skip
+        whole = recurrence is not None
+        body = _term(recurrence if whole else update, "recurrence" if whole else "update", where)
+        out = _term(q @ M if readout is None else readout, "readout", where)
+        content = (name, decay, body.expr, whole, out.expr)
+        for key, value in (("name", name), ("decay", decay), ("update", body.expr), ("readout", out.expr),
+                           ("is_recurrence", whole), ("where", where), ("_content", content)):  # fmt: skip
+            object.__setattr__(self, key, value)
+        _check_names(self._terms(), where)
+        _ = self.canonical  # mistakes show at the declaration
+
+    def _terms(self) -> list[tuple[str, sympy.Expr]]:
+        decays = [("decay", part) for part in (self.decay.log_k, self.decay.log_v, self.decay.log_kv) if part is not None]
+        return [*decays, ("recurrence" if self.is_recurrence else "update", self.update), ("readout", self.readout)]
+
+    is_recurrence: bool
+    """Whether `update` is the whole right-hand side of M_s."""
+
+    @cached_property
+    def canonical(self) -> Canonical:
+        """Read, correct, write, decay: the same for all writings of a method (see `lsmc.canonical`)."""
+        made: Canonical = importlib.import_module("lsmc.canonical").canonicalise(
+            self.name, (self.decay.log_k, self.decay.log_v, self.decay.log_kv), self.update, self.readout,
+            dict(self.decay.defaults), recurrence=self.is_recurrence, where=self.where,
+        )  # fmt: skip
+        return made
+
+    @property
+    def inputs(self) -> tuple[Field, ...]:
+        """The inputs of a call, in order: q, k, v as used, then the declared ones; each has `.name`, `.dims`, `.shape`."""
+        return self.canonical.inputs
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError("declarations are immutable")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LSM) and self._content == other._content  # type: ignore[attr-defined]
+
+    def __hash__(self) -> int:
+        return hash(self._content)  # type: ignore[attr-defined]
+
+    def __repr__(self) -> str:
+        word = "recurrence" if self.is_recurrence else "update"
+        tail = "" if self.readout == (q @ M).expr else f", readout={show(self.readout)}"
+        return f'LSM("{self.name}", decay={self.decay!r}, {word}={show(self.update)}{tail})'
+
+    def __call__(self, **inputs: Any) -> Any:
+        """The operator: ``o`` or, with return_final_state=True, ``(o, state)``; see `lsmc.api.call`."""
+        return importlib.import_module("lsmc.api").call(self, **inputs)
+
+    def step(self, **inputs: Any) -> Any:
+        """One token of every sequence: ``(o, state)``; see `lsmc.api.step`."""
+        return importlib.import_module("lsmc.api").step(self, **inputs)
+
+
+def _term(value: object, name: str, where: Where | None) -> Term:
+    spot = where.at(name) if where else None
+    if isinstance(value, Term):
+        return value
+    if isinstance(value, Operator):
+        raise LsmDimsError(
+            f"the {name} {value!r} is a (K, K) operator; the memory has dims (K, V)", where=spot, help="write (…) @ M.decayed"
+        )
+    if isinstance(value, str | sympy.Basic):
+        raise LsmUnknownSymbolError(f"{name}={value!r}: nobody declared it", where=spot, help="write update=outer(k, v)")
+    raise LsmDeclarationError(f"{name}={_short(value)} is no term", where=spot, help="write update=outer(k, v), readout=q @ M")
+
+
+def _check_names(terms: list[tuple[str, sympy.Expr]], where: Where | None) -> None:
+    """One name, one meaning; and no symbol that is not a declared input."""
+    seen: dict[str, Field] = {}
+    for part, expr in terms:
+        spot = where.at(part) if where else None
+        for symbol in sorted(expr.free_symbols - _dim_symbols(expr), key=str):
+            if not isinstance(symbol, Field):
+                raise LsmUnknownSymbolError(f"unknown symbol {symbol}", where=spot, help=f'declare it: scalar("{symbol}")')
+        for symbol in sorted(inputs_of(expr), key=lambda s: (s.name, s.shape)):
+            known = seen.setdefault(symbol.name, symbol)
+            if known != symbol:
+                raise LsmDuplicateNameError(
+                    f"{symbol.name!r} is declared as {known.shape} and as {symbol.shape}", where=spot,
+                    help="one name is one input: rename one of them",
+                )  # fmt: skip
+
+
+def _dim_symbols(expr: sympy.Expr) -> set[sympy.Basic]:
+    return {node.args[0] for node in expr.atoms(Sum)}
+
+
+__all__ = ["LSM", "MEMORIES"]
