@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lsmc.models.configs import ModelConfig, resolve_declaration
+from lsmc.models.configs import ModelConfig
+from lsmc.resolve import resolve
 
 
 class ConvolutionState(NamedTuple):
@@ -168,7 +169,7 @@ class LinearMixer(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.declaration = resolve_declaration(config.lsm)
+        self.declaration = resolve(config.lsm) if isinstance(config.lsm, str) else config.lsm
         canonical = canonical_of(self.declaration)
         self.inputs = describe(self.declaration)
         self.reads = len(canonical.reads) > 0

@@ -7,10 +7,7 @@ The two large ones are those of Linear-MoE (arXiv 2503.05447, Table 2).
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.util
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lsmc.runtime.errors import LsmConfigError
@@ -139,25 +136,3 @@ def config(name: str, **overrides: Any) -> ModelConfig:
     if isinstance(overrides.get("moe"), dict):
         overrides["moe"] = dataclasses.replace(base.moe, **overrides["moe"])
     return dataclasses.replace(base, **overrides)
-
-
-def resolve_declaration(lsm: Any) -> Any:
-    """A declaration from itself, from its name in the zoo, or from ``FILE.py:NAME``."""
-    if not isinstance(lsm, str):
-        return lsm
-    if ".py:" in lsm:
-        path, _, name = lsm.rpartition(":")
-        file = Path(path)
-        if not file.is_file():
-            raise LsmConfigError(f"ModelConfig.lsm = {lsm!r}: there is no file {file}")
-        spec = importlib.util.spec_from_file_location(f"lsmc_user_{file.stem}", file)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        if not hasattr(module, name):
-            raise LsmConfigError(f"ModelConfig.lsm = {lsm!r}: {file} defines no {name!r}")
-        return getattr(module, name)
-    zoo = importlib.import_module("lsmc.zoo")
-    if lsm not in zoo.names():
-        raise LsmConfigError(f"ModelConfig.lsm = {lsm!r}: the zoo has {', '.join(zoo.names())}")
-    return getattr(zoo, lsm)

@@ -15,3 +15,7 @@ class LsmDataError(LsmError):
 
 class LsmCheckpointError(LsmError):
     """A checkpoint is missing, damaged, or belongs to another run."""
+
+
+class LsmTrainingError(LsmError):
+    """Training went astray: the loss is not a number."""

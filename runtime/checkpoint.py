@@ -1,0 +1,186 @@
+"""Checkpoints: a folder ``step-00000123`` of safetensors and JSON that is either complete or absent.
+
+Everything is written into a temporary folder beside it, flushed to disk, and renamed. ``model.safetensors`` holds the
+parameters under their names, ``training.safetensors`` the optimizer's moments and the generators' states, and
+``state.json`` the step, the run's configuration and the sha256 of both files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lsmc.runtime.errors import LsmCheckpointError
+
+FORMAT = 1
+_FILES = ("model.safetensors", "training.safetensors")
+
+
+@dataclass
+class State:
+    """What a run needs, besides parameters, optimizer and generators, to go on as if it had never stopped."""
+
+    step: int
+    elapsed: float
+    """Seconds of training so far."""
+    config: dict[str, Any]
+    """The run's configuration, as JSON."""
+    data: str
+    """Fingerprint of the corpus."""
+    model: dict[str, Any]
+    """The model's configuration, as JSON."""
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _names(model: nn.Module) -> dict[Tensor, str]:
+    return {parameter: name for name, parameter in model.named_parameters()}
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as ``optimizer.<moment>.<parameter>``."""
+    names = _names(model)
+    return {
+        f"optimizer.{key}.{names[parameter]}": torch.as_tensor(value)
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Inverse of :func:`optimizer_tensors`."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, key, parameter = name.split(".", 2)
+            target = parameters[parameter]
+            # A step count of an unfused optimizer stays on the host; moments live with their parameter.
+            optimizer.state[target][key] = tensor.clone() if tensor.ndim == 0 else tensor.to(target.device).clone()
+
+
+def generator_tensors() -> dict[str, Tensor]:
+    states = {"generator.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"generator.cuda.{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def load_generators(tensors: dict[str, Tensor]) -> None:
+    if "generator.cpu" in tensors:
+        torch.set_rng_state(tensors["generator.cpu"])
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        if f"generator.cuda.{i}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"generator.cuda.{i}"], i)
+
+
+def steps(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(p for p in folder.glob("step-*") if (p / "state.json").is_file())
+
+
+def latest(folder: Path) -> Path:
+    """The newest complete checkpoint in ``folder``, or ``folder`` itself if it is one."""
+    if (folder / "state.json").is_file():
+        return folder
+    for inner in (folder / "checkpoints", folder):
+        if found := steps(inner):
+            return found[-1]
+    raise LsmCheckpointError(f"there is no checkpoint in {folder}")
+
+
+def save(
+    folder: Path,
+    state: State,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    keep: int = 3,
+) -> Path:
+    """Write ``folder/step-N`` atomically and delete all but the newest ``keep``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".writing-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    target = folder / f"step-{state.step:08d}"
+    writing = folder / f".writing-{target.name}-{os.getpid()}"
+    writing.mkdir()
+    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    training = generator_tensors() | (optimizer_tensors(model, optimizer) if optimizer is not None else {})
+    for file, content in zip(_FILES, (tensors, training)):
+        save_file({k: v.detach().cpu().contiguous() for k, v in content.items()}, writing / file)
+    record = {"format": FORMAT, **dataclasses.asdict(state)}
+    record["sha256"] = {file: _digest(writing / file) for file in _FILES}
+    (writing / "state.json").write_text(json.dumps(record, indent=1))
+    for path in (*(writing / file for file in _FILES), writing / "state.json", writing):
+        _sync(path)
+    if target.exists():
+        shutil.rmtree(target)
+    os.rename(writing, target)
+    _sync(folder)
+    for old in steps(folder)[: -max(1, keep)]:
+        shutil.rmtree(old)
+    return target
+
+
+def read_state(path: Path) -> State:
+    """``state.json`` of one checkpoint."""
+    try:
+        record = json.loads((path / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise LsmCheckpointError(f"{path / 'state.json'}: {error}") from error
+    if record.get("format") != FORMAT:
+        raise LsmCheckpointError(f"{path / 'state.json'}: format {record.get('format')!r}, this reads {FORMAT}")
+    fields = [field.name for field in dataclasses.fields(State)]
+    missing = [field for field in fields if field not in record]
+    if missing:
+        raise LsmCheckpointError(f"{path / 'state.json'}: no field {missing[0]!r}")
+    for file, expected in record.get("sha256", {}).items():
+        if not (path / file).is_file():
+            raise LsmCheckpointError(f"{path}: {file} is missing")
+        if _digest(path / file) != expected:
+            raise LsmCheckpointError(f"{path / file}: damaged (its sha256 is not the one in state.json)")
+    return State(**{field: record[field] for field in fields})
+
+
+def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> State:
+    """Put a checkpoint's parameters, and with an ``optimizer`` also its state and the generators', back."""
+    state = read_state(path)
+    try:
+        tensors = load_file(path / _FILES[0])
+        training = load_file(path / _FILES[1]) if optimizer is not None else {}
+    except (OSError, SafetensorError) as error:
+        raise LsmCheckpointError(f"{path}: {error}") from error
+    own = model.state_dict()
+    for name in sorted(own.keys() ^ tensors.keys()):
+        where = "the checkpoint lacks" if name in own else "the model lacks"
+        raise LsmCheckpointError(f"{path / _FILES[0]}: {where} {name}; it belongs to another configuration")
+    for name, tensor in tensors.items():
+        if tensor.shape != own[name].shape:
+            raise LsmCheckpointError(
+                f"{path / _FILES[0]}: {name} is {tuple(tensor.shape)}, the model's is {tuple(own[name].shape)}"
+            )
+    model.load_state_dict(tensors)
+    if optimizer is not None:
+        load_optimizer(model, optimizer, training)
+        load_generators(training)
+    return state

@@ -1,0 +1,435 @@
+"""Training: AdamW, warm-up, cosine; a run that stops anywhere goes on bit for bit.
+
+A step is a pure function of (parameters, optimizer state, generator states, step number): data order comes from the
+step number, the learning rate from the step number, and all the rest is in the checkpoint. The one exception is stated
+where it is made: with ``max_seconds`` the schedule also follows the clock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import json
+import math
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lsmc.runtime import checkpoint
+from lsmc.runtime.data import Batches, Corpus, DataConfig, evaluation_batches, load, tokenizer
+from lsmc.runtime.errors import LsmCheckpointError, LsmConfigError, LsmTrainingError
+from lsmc.runtime.progress import Progress
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that ``lsmc train`` can be told."""
+
+    model: str = "tiny"
+    """Size of the model: tiny, a0.3b-2b, a1b-7b."""
+    lsm: str = "gla"
+    """Method of the 'L' layers: a name in the zoo or FILE.py:NAME."""
+    pattern: str = ""
+    """One letter a layer, L or N; empty for the model's own."""
+    balance_loss: float | None = None
+    """Coefficient of the router's load-balancing loss; none for the model's own."""
+    z_loss: float | None = None
+    """Coefficient of the router's z-loss; none for the model's own."""
+    renormalise: bool | None = None
+    """Divide the chosen experts' probabilities by their sum; none for the model's own."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    out: Path = Path("runs/train")
+    """Folder of the run: metrics.jsonl, checkpoints, report.html."""
+    resume: bool = False
+    """Continue the run in ``out`` from its newest checkpoint."""
+    overwrite: bool = False
+    """Delete what an earlier run left in ``out``."""
+
+    batch: int = 16
+    """Sequences a micro-batch."""
+    length: int = 256
+    """Tokens a sequence."""
+    accumulate: int = 1
+    """Micro-batches a step."""
+    steps: int = 500
+    max_seconds: float = 0.0
+    """Stop after so many seconds of training and let the schedule follow the clock too (0: steps alone decide, and
+    the run is reproducible)."""
+
+    lr: float = 4e-3
+    min_lr: float = 0.05
+    """Final learning rate as a share of ``lr``."""
+    warmup: int = 20
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.1
+    """On matrices; not on embeddings, norms, biases and per-head constants."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip: float = 1.0
+    """Largest gradient norm; 0 for no clipping."""
+
+    eval_every: int = 100
+    eval_tokens: int = 32_768
+    """Held-out tokens of an evaluation on the way; the last one reads ``final_eval_tokens``."""
+    final_eval_tokens: int = 0
+    """0: the whole held-out text."""
+    checkpoint_every: int = 250
+    keep: int = 3
+    """Checkpoints kept."""
+    log_every: int = 10
+
+    seed: int = 0
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, …"""
+    autocast: Literal["none", "bf16"] = "none"
+    compile: bool = False
+    """Train through ``lsmc.compile``."""
+
+    def __post_init__(self) -> None:
+        def need(condition: bool, name: str, rule: str) -> None:
+            if not condition:
+                raise LsmConfigError(f"TrainConfig.{name} = {getattr(self, name)!r}: {rule}")
+
+        for name in ("batch", "length", "accumulate", "steps", "keep", "log_every", "eval_every", "checkpoint_every"):
+            need(getattr(self, name) >= 1, name, "must be at least 1")
+        for name in ("warmup", "weight_decay", "clip", "max_seconds", "eval_tokens", "final_eval_tokens", "seed"):
+            need(getattr(self, name) >= 0, name, "must not be negative")
+        need(self.lr > 0, "lr", "must be positive")
+        need(0 <= self.min_lr <= 1, "min_lr", "is a share of lr, between 0 and 1")
+        need(0 <= self.beta1 < 1, "beta1", "must lie in [0, 1)")
+        need(0 <= self.beta2 < 1, "beta2", "must lie in [0, 1)")
+
+
+# Changing one of these makes another run; anything else may change between a stop and a resume.
+_BINDING = (
+    *("model", "lsm", "pattern", "balance_loss", "z_loss", "renormalise", "data", "batch", "length", "accumulate"),
+    *("lr", "min_lr", "warmup", "weight_decay", "beta1", "beta2", "clip", "seed", "autocast"),
+)
+
+
+@dataclass
+class TrainResult:
+    """What a run came to."""
+
+    out: Path
+    model: nn.Module
+    step: int
+    held_out: float
+    """Bits a byte on held-out text; NaN when the run was interrupted before its evaluation."""
+    seconds: float
+    tokens_per_second: float
+    checkpoint: Path
+    interrupted: bool
+
+
+def learning_rate(config: TrainConfig, step: int, elapsed: float = 0.0) -> float:
+    """Linear warm-up to ``lr``, then half a cosine down to ``min_lr · lr`` at ``steps`` (or ``max_seconds``)."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    done = (step - config.warmup) / max(1, config.steps - config.warmup)
+    if config.max_seconds:
+        done = max(done, elapsed / config.max_seconds)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return config.lr * (config.min_lr + (1 - config.min_lr) * cosine)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; embeddings, convolutions, norms, biases and constants do not."""
+    decayed, free = [], []
+    matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    for parameter in model.parameters():
+        # Experts are stacks of matrices.
+        (decayed if id(parameter) in matrices or parameter.ndim == 3 else free).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+
+
+def to_json(value: Any) -> Any:
+    """A configuration as plain JSON values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, (str, int, float, bool)) or value is None:
+        return value
+    return str(getattr(value, "name", value))
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise LsmConfigError(f"TrainConfig.device = {name!r}: {error}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise LsmConfigError(f"TrainConfig.device = {name!r}: torch sees no CUDA device here")
+    return device
+
+
+def build_model(config: TrainConfig, vocabulary: int) -> nn.Module:
+    """The model that a configuration names."""
+    # Late: models stand above the runtime.
+    models = importlib.import_module("lsmc.models")
+    base = models.config(config.model)
+    moe = {
+        name: value
+        for name in ("balance_loss", "z_loss", "renormalise")
+        if (value := getattr(config, name)) is not None
+    }
+    sized = models.config(
+        config.model,
+        lsm=config.lsm,
+        pattern=config.pattern or base.pattern,
+        vocabulary=base.vocabulary if vocabulary <= base.vocabulary else vocabulary,
+        activation_checkpointing=config.activation_checkpointing,
+        moe=moe,
+    )
+    return models.HybridMoE(sized)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """An event set by the first Ctrl-C (or SIGTERM); the second one interrupts at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _tune_allocator() -> None:
+    """Let glibc keep freed blocks: activations of equal sizes come back each step, and mapping them anew is slow."""
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        trim_threshold, mmap_threshold = -1, -3
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, (1 << 31) - 1)
+
+
+class Trainer:
+    """One run: a model with the protocol of ``HybridMoE``, a corpus and a configuration."""
+
+    def __init__(self, config: TrainConfig, model: nn.Module, corpus: Corpus) -> None:
+        self.config, self.corpus = config, corpus
+        self.device = pick_device(config.device)
+        if self.device.type == "cpu":
+            _tune_allocator()
+        self.model = model.to(self.device)
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(self.model, config.weight_decay),
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            fused=True,
+        )
+        self.batches = Batches(corpus.train, config.batch, config.length, config.seed)
+        self.forward = importlib.import_module("lsmc").compile(self.model) if config.compile else self.model
+        self.step, self.elapsed = 0, 0.0
+        self.out = Path(config.out)
+        self.metrics = self.out / "metrics.jsonl"
+        self.bits = 1 / (math.log(2) * corpus.bytes_per_token)
+
+    # Checkpoints
+
+    def save(self) -> Path:
+        state = checkpoint.State(
+            step=self.step,
+            elapsed=self.elapsed,
+            config=to_json(self.config),
+            data=self.corpus.fingerprint,
+            model=to_json(getattr(self.model, "config", None)) or {},
+        )
+        return checkpoint.save(self.out / "checkpoints", state, self.model, self.optimizer, self.config.keep)
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint; metrics written after it are dropped."""
+        path = checkpoint.latest(self.out)
+        state = checkpoint.read_state(path)
+        mine = to_json(self.config)
+        for name in _BINDING:
+            if state.config.get(name) != mine[name]:
+                raise LsmCheckpointError(
+                    f"{path}: TrainConfig.{name} was {state.config.get(name)!r}, now it is {mine[name]!r}\n"
+                    "help: resume with the same setting, or start another run with another --out"
+                )
+        if state.data != self.corpus.fingerprint:
+            raise LsmCheckpointError(f"{path}: the text is not the one of this run ({self.corpus.description})")
+        checkpoint.load(path, self.model, self.optimizer)
+        self.step, self.elapsed = state.step, state.elapsed
+        if self.metrics.exists():
+            lines = self.metrics.read_text().splitlines()
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
+            self.metrics.write_text("".join(line + "\n" for line in kept))
+
+    # One step
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast == "bf16")
+
+    def train_step(self) -> tuple[Any, Tensor]:
+        """One optimizer step; ``(losses of the last micro-batch, gradient norm)``, still on the device."""
+        config = self.config
+        rate = learning_rate(config, self.step, self.elapsed)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        for micro in range(config.accumulate):
+            tokens, targets = self.batches.at(self.step * config.accumulate + micro)
+            with self._autocast():
+                losses = self.forward(tokens.to(self.device), targets.to(self.device))
+            (losses.total / config.accumulate).backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return losses, norm
+
+    @torch.no_grad()
+    def evaluate(self, limit: int) -> float:
+        """Bits a byte on held-out text, each window read from an empty memory."""
+        self.model.eval()
+        total, count = 0.0, 0
+        for tokens, targets in evaluation_batches(
+            self.corpus.held_out, self.config.batch, self.config.length, limit
+        ):
+            with self._autocast():
+                losses = self.model(tokens.to(self.device), targets.to(self.device))
+            total += losses.nll.item() * tokens.numel()
+            count += tokens.numel()
+        self.model.train()
+        return total / count * self.bits
+
+    # The loop
+
+    def _write(self, record: dict[str, Any]) -> None:
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def _finished(self) -> bool:
+        config = self.config
+        return self.step >= config.steps or bool(config.max_seconds and self.elapsed >= config.max_seconds)
+
+    def run(self, progress: Progress) -> TrainResult:
+        config = self.config
+        started, first = time.perf_counter(), self.step
+        before = self.elapsed
+        tokens_a_step = config.batch * config.length * config.accumulate
+        last_time, last_step = started, self.step
+        held_out, paused = math.nan, 0.0
+        saved: Path | None = None
+        with _interruptible() as asked:
+            while not self._finished() and not asked.is_set():
+                losses, norm = self.train_step()
+                self.elapsed = before + time.perf_counter() - started - paused
+                if self.step % config.log_every == 0 or self._finished():
+                    nll = losses.nll.item()
+                    if not math.isfinite(nll):
+                        raise LsmTrainingError(
+                            f"step {self.step}: the loss is {nll}\nhelp: a smaller --lr, a longer --warmup, or --clip"
+                        )
+                    now = time.perf_counter()
+                    rate = (self.step - last_step) * tokens_a_step / max(1e-9, now - last_time)
+                    last_time, last_step = now, self.step
+                    record = {
+                        "step": self.step,
+                        "elapsed": round(self.elapsed, 3),
+                        "loss": losses.total.item(),
+                        "bits_per_byte": nll * self.bits,
+                        "balance": losses.balance.item(),
+                        "z": losses.z.item(),
+                        "lr": self.optimizer.param_groups[0]["lr"],
+                        "gradient_norm": norm.item(),
+                        "tokens_per_second": rate,
+                        "tokens": self.step * tokens_a_step,
+                        "load": [[round(x, 4) for x in layer] for layer in losses.load.tolist()],
+                    }
+                    self._write(record)
+                    progress.update(record, self._left(first, started + paused))
+                pause = time.perf_counter()
+                if self.step % config.eval_every == 0 and not self._finished():
+                    held_out = self.evaluate(config.eval_tokens)
+                    self._write({"step": self.step, "elapsed": round(self.elapsed, 3), "held_out": held_out})
+                    progress.evaluated(self.step, held_out)
+                if self.step % config.checkpoint_every == 0:
+                    saved = self.save()
+                paused += time.perf_counter() - pause
+                last_time += time.perf_counter() - pause
+            interrupted = asked.is_set() and not self._finished()
+            if saved is None or checkpoint.read_state(saved).step != self.step:
+                saved = self.save()
+            if interrupted:
+                progress.note(f"stopped at step {self.step}; saved {saved}; --resume goes on")
+            else:
+                held_out = self.evaluate(config.final_eval_tokens)
+                self._write(
+                    {"step": self.step, "elapsed": round(self.elapsed, 3), "held_out": held_out, "final": True}
+                )
+                progress.evaluated(self.step, held_out)
+        seconds = self.elapsed - before
+        speed = (self.step - first) * tokens_a_step / max(1e-9, seconds)
+        return TrainResult(self.out, self.model, self.step, held_out, seconds, speed, saved, interrupted)
+
+    def _left(self, first: int, started: float) -> float:
+        """Seconds of training left, as things go."""
+        spent = time.perf_counter() - started
+        by_steps = spent / max(1, self.step - first) * (self.config.steps - self.step)
+        if self.config.max_seconds:
+            return max(0.0, min(by_steps, self.config.max_seconds - self.elapsed))
+        return by_steps
+
+
+def train(config: TrainConfig, model: nn.Module | None = None, quiet: bool = False) -> TrainResult:
+    """Run (or resume) what ``config`` describes; writes metrics, checkpoints and ``report.html`` into ``config.out``.
+
+    ``model`` takes the place of the configured one: anything with the protocol of ``HybridMoE``.
+    """
+    out = Path(config.out)
+    if (out / "metrics.jsonl").exists() or (out / "checkpoints").exists():
+        if config.overwrite and not config.resume:
+            shutil.rmtree(out / "checkpoints", ignore_errors=True)
+            (out / "metrics.jsonl").unlink(missing_ok=True)
+        elif not config.resume:
+            raise LsmConfigError(
+                f"TrainConfig.out = {str(out)!r} already holds a run\nhelp: --resume it, --overwrite it, or another --out"
+            )
+    if config.resume:
+        checkpoint.latest(out)  # fails before any text is read
+    pick_device(config.device)
+    corpus = load(config.data)
+    torch.manual_seed(config.seed)
+    if model is None:
+        model = build_model(config, tokenizer(config.data.tokenizer).vocabulary)
+    trainer = Trainer(config, model, corpus)
+    if config.resume:
+        trainer.resume()
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(json.dumps(to_json(config), indent=1))
+    with Progress(config.steps, quiet=quiet) as progress:
+        progress.note(f"{corpus.description}: {len(corpus.train):,} tokens, {len(corpus.held_out):,} held out")
+        result = trainer.run(progress)
+    from lsmc.runtime.report import write_report
+
+    write_report(out)
+    return result
