@@ -265,6 +265,12 @@ class LsmSequenceError(LsmError):
     __module__ = "lsmc"
 
 
+class LsmCheckError(LsmError):
+    """`lsmc.check` found a case in which the compiled operator breaks a law; the message shows the smallest one."""
+
+    __module__ = "lsmc"
+
+
 ERRORS: tuple[type[LsmError], ...] = (
     LsmUnknownSymbolError,
     LsmShapeError,
@@ -282,5 +288,6 @@ ERRORS: tuple[type[LsmError], ...] = (
     LsmDuplicateNameError,
     LsmNameError,
     LsmSequenceError,
+    LsmCheckError,
 )
 """Every error class; each has a failing program in tests/errors/."""

@@ -1,0 +1,62 @@
+"""A declaration from what a person types: its name in the zoo, or ``FILE.py:NAME``."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from lsmc.errors import LsmNameError
+
+
+def resolve(text: str) -> Any:
+    """``"FILE.py:NAME"`` imports the file and takes NAME from it; anything else is looked up in the zoo.
+
+    Raises `LsmNameError` when there is no such file or name, or when the name is not a declaration. What the
+    file itself raises while it runs is passed on as it is.
+    """
+    from lsmc.lsm import LSM
+
+    if ".py" in text:
+        path, _, name = text.rpartition(":")
+        if not path.endswith(".py"):
+            raise LsmNameError(f"{text}: which declaration of the file?\nhelp: write FILE.py:NAME")
+        module = _import(Path(path))
+        found = getattr(module, name, None)
+        if not isinstance(found, LSM):
+            there = sorted(key for key, value in vars(module).items() if isinstance(value, LSM))
+            what = (
+                f"{name} is not a declaration (an LSM)" if hasattr(module, name) else f"defines no {name!r}"
+            )
+            raise LsmNameError(f"{path}: {what}\nhelp: it declares {', '.join(there) or 'none'}")
+        return found
+    zoo = importlib.import_module("lsmc.zoo")
+    if text not in zoo.names():
+        way_out = f"the zoo has {', '.join(zoo.names())}; a method of your own is FILE.py:NAME"
+        raise LsmNameError(f"no method is called {text!r}\nhelp: {way_out}")
+    return getattr(zoo, text)
+
+
+def _import(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise LsmNameError(
+            f"there is no file {path}\nhelp: write FILE.py:NAME, from the present folder {Path.cwd()}"
+        )
+    path = path.resolve()
+    module_name = f"_lsmc_user_{path.stem}_{abs(hash(path)):x}"
+    if module_name in sys.modules:
+        return sys.modules[module_name]
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # before it runs: dataclasses and pickles look their module up
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[module_name]
+        raise
+    return module
