@@ -1,15 +1,18 @@
 """Declaration → read, correct, write, decay: one normal form for all writings of a method, found by algebra.
 
-    R  = key · M'                      reads, of the memory before (M_{s-1}) or after (D(M_{s-1})) this step's decay
+    R  = key · M'                      reads, of the memory before (M_{s-1}) or after (D(M_{s-1})) this
+    step's decay
     M  = D(M_{s-1}) + Σ keyᵀ value     writes; the values may contain reads
-    o  = output(inputs, Y)             with queries Y = key · M of M_{s-1}, D(M_{s-1}) or M_s, or of the normaliser Z
+    o  = output(inputs, Y)             with queries Y = key · M of M_{s-1}, D(M_{s-1}) or M_s, or of the
+    normaliser Z
 
-The delta rule written as ``beta * outer(k, v - k @ M)``, as ``(eye - beta * outer(k, k)) @ M + beta * outer(k, v)`` or as
-``-beta * grad(norm2(k @ M - v) / 2, M)`` gives the same canonical form and the same text.
+The delta rule written as ``beta * outer(k, v - k @ M)``, as ``(eye - beta * outer(k, k)) @ M + beta *
+outer(k, v)`` or as ``-beta * grad(norm2(k @ M - v) / 2, M)`` gives the same canonical form and the same text.
 
-How: every read ``Sum(K, key * M)`` is replaced by a symbol, bottom-up; what remains is a sum of products of a part over K, a part
-over V and scalars; equal keys are collected, then keys of equal values; scalars move from keys to values; what is left of M
-itself belongs to the decay.  Without a decay M_{s-1} and D(M_{s-1}) are one, and "previous" is its name.
+How: every read ``Sum(K, key * M)`` is replaced by a symbol, bottom-up; what remains is a sum of products
+of a part over K, a part over V and scalars; equal keys are collected, then keys of equal values; scalars
+move from keys to values; what is left of M itself belongs to the decay.  Without a decay M_{s-1} and
+D(M_{s-1}) are one, and "previous" is its name.
 """
 
 from __future__ import annotations
@@ -22,13 +25,28 @@ from math import gcd, lcm
 import sympy
 
 from lsmc.errors import LsmDecayError, LsmDimsError, LsmUpdateError, Where
-from lsmc.expr import DIMS, KV, MEMORIES, MEMORY, NORMALIZER, STANDARD, Field, Sum, contract, dims_of, inputs_of, show, show_dims
+from lsmc.expr import (
+    DIMS,
+    KV,
+    MEMORIES,
+    MEMORY,
+    NORMALIZER,
+    Field,
+    Sum,
+    contract,
+    dims_of,
+    inputs_of,
+    show,
+    show_dims,
+)
 from lsmc.functions import exp, log, log1p
+from lsmc.terms import STANDARD
 
 
 @dataclass(frozen=True)
 class Read:
-    """``symbol = key · M_{s-1}`` (at="previous") or ``key · D(M_{s-1})`` (at="decayed"); key has dims (K,), symbol (V,)."""
+    """``symbol = key · M_{s-1}`` (at="previous") or ``key · D(M_{s-1})`` (at="decayed"); key has dims
+    (K,), symbol (V,)."""
 
     symbol: Field
     key: sympy.Expr
@@ -45,7 +63,8 @@ class Write:
 
 @dataclass(frozen=True)
 class Query:
-    """``symbol = key · M`` (of="M", symbol dims (V,)) or ``key · Z`` (of="Z", symbol dims ()), at previous, decayed or updated."""
+    """``symbol = key · M`` (of="M", symbol dims (V,)) or ``key · Z`` (of="Z", symbol dims ()), at
+    previous, decayed or updated."""
 
     symbol: Field
     key: sympy.Expr
@@ -57,12 +76,12 @@ class Query:
 class Canonical:
     """The canonical form of a declaration; `str` prints it.
 
-    One step: reads from M_{s-1} or D(M_{s-1});  M_s = D(M_{s-1}) + Σ_w key_wᵀ value_w;  queries;  o = output (dims (V,)).
-    D(M) = e^{decay_k} ⊙ M ⊙ e^{decay_v} ⊙ e^{decay_kv}; the parts are log decays with dims () or (K,); (V,); (K, V), or None.
-    `inputs`: q, k, v (those that are used), then the decay's inputs, then the others, by name.
-    `normalizer`: there is a second memory Z ∈ R^K, the same recurrence with v = 1 (its reads are scalars key · Z).
-    `defaults`: per-head inputs that may be omitted, as functions of the number of heads.
-    `scale` of a call multiplies every occurrence of q.
+    One step: reads from M_{s-1} or D(M_{s-1});  M_s = D(M_{s-1}) + Σ_w key_wᵀ value_w;  queries;  o =
+    output (dims (V,)). D(M) = e^{decay_k} ⊙ M ⊙ e^{decay_v} ⊙ e^{decay_kv}; the parts are log decays with
+    dims () or (K,); (V,); (K, V), or None. `inputs`: q, k, v (those that are used), then the decay's
+    inputs, then the others, by name. `normalizer`: there is a second memory Z ∈ R^K, the same recurrence
+    with v = 1 (its reads are scalars key · Z). `defaults`: per-head inputs that may be omitted, as
+    functions of the number of heads. `scale` of a call multiplies every occurrence of q.
     """
 
     name: str
@@ -79,7 +98,9 @@ class Canonical:
 
     def __str__(self) -> str:
         memory = {"previous": "M", "decayed": "M'", "updated": "M+"}
-        lines = [f"{self.name}({', '.join(symbol.name + symbol.shape.replace(' ', '') for symbol in self.inputs)})"]
+        lines = [
+            f"{self.name}({', '.join(symbol.name + symbol.shape.replace(' ', '') for symbol in self.inputs)})"
+        ]
         parts = [
             f"exp({show(part)}){show_dims(dims_of(part)).replace(' ', '')}"
             for part in (self.decay_k, self.decay_v, self.decay_kv)
@@ -89,16 +110,29 @@ class Canonical:
         lines += [f"  read    {r.symbol} = ({show(r.key)}) . {memory[r.at]}" for r in self.reads]
         lines += [f"  write   M+ = M' + ({show(w.key)})^T ({show(w.value)})" for w in self.writes[:1]]
         lines += [f"               + ({show(w.key)})^T ({show(w.value)})" for w in self.writes[1:]]
-        lines += [f"  query   {y.symbol} = ({show(y.key)}) . {memory[y.at].replace('M', y.of)}" for y in self.queries]
+        lines += [
+            f"  query   {y.symbol} = ({show(y.key)}) . {memory[y.at].replace('M', y.of)}"
+            for y in self.queries
+        ]
         return "\n".join([*lines, f"  output  o = {show(self.output)}"])
 
 
-# -------------------------------------------------------------------------------------------------------- normal forms
+# --- normal forms
 
 
 def expand(expr: sympy.Expr) -> sympy.Expr:
-    """Products distributed over sums, at the top level only; powers, functions and contractions are left whole."""
-    return sympy.expand(expr, deep=False, mul=True, multinomial=False, power_exp=False, power_base=False, log=False, basic=False)
+    """Products distributed over sums, at the top level only; powers, functions and contractions are left
+    whole."""
+    return sympy.expand(
+        expr,
+        deep=False,
+        mul=True,
+        multinomial=False,
+        power_exp=False,
+        power_base=False,
+        log=False,
+        basic=False,
+    )
 
 
 def tidy(expr: sympy.Expr) -> sympy.Expr:
@@ -119,7 +153,8 @@ def tidy(expr: sympy.Expr) -> sympy.Expr:
 
 
 def separate(expr: sympy.Expr) -> list[tuple[sympy.Expr, sympy.Expr]]:
-    """Σ aᵢ bᵢ = expr with aᵢ free of V and bᵢ free of K; scalars go with b.  Raises ValueError when there is no such form."""
+    """Σ aᵢ bᵢ = expr with aᵢ free of V and bᵢ free of K; scalars go with b.  Raises ValueError when there
+    is no such form."""
     dims = dims_of(expr)
     if "K" not in dims:
         return [(sympy.S.One, expr)]
@@ -144,15 +179,19 @@ def separate(expr: sympy.Expr) -> list[tuple[sympy.Expr, sympy.Expr]]:
 
 def split_scalars(term: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
     """(scalar factors, the others) of a product; scalars have no dims."""
-    free, bound = [], []
+    free: list[sympy.Expr] = []
+    bound: list[sympy.Expr] = []
     for factor in sympy.Mul.make_args(term):
         (bound if dims_of(factor) else free).append(factor)
     return sympy.Mul(*free), sympy.Mul(*bound)
 
 
 def content(expr: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
-    """(c, p) with expr = c·p: c the scalars (numbers and sign included) common to all terms of the expanded `expr`."""
-    terms = sorted(sympy.Add.make_args(expand(expr)), key=lambda term: show(split_scalars(term)[1]) + show(term))
+    """(c, p) with expr = c·p: c the scalars (numbers and sign included) common to all terms of the
+    expanded `expr`."""
+    terms = sorted(
+        sympy.Add.make_args(expand(expr)), key=lambda term: show(split_scalars(term)[1]) + show(term)
+    )
     if len(terms) == 1:
         return split_scalars(terms[0])
     numbers: list[sympy.Rational] = []
@@ -160,7 +199,7 @@ def content(expr: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
     for term in terms:
         coefficient, rest = split_scalars(term)[0].as_coeff_Mul()
         numbers.append(coefficient if coefficient.is_Rational else sympy.S.One)
-        powers.append({base: power for base, power in (f.as_base_exp() for f in sympy.Mul.make_args(rest))})
+        powers.append(dict(factor.as_base_exp() for factor in sympy.Mul.make_args(rest)))
     common = sympy.S.One
     for base, power in powers[0].items():
         others = [table.get(base) for table in powers]
@@ -196,7 +235,8 @@ def collect(pairs: Iterable[tuple[sympy.Expr, sympy.Expr]]) -> list[tuple[sympy.
     return sorted((pair for pair in found if pair[0] != 0), key=lambda pair: (show(pair[0]), show(pair[1])))
 
 
-# -------------------------------------------------------------------------------------------------------------- reads
+#
+# --- reads
 
 
 class _Reads:
@@ -206,10 +246,13 @@ class _Reads:
         self.symbols: dict[tuple[Field, sympy.Expr], Field] = {}
 
     def symbol(self, memory: Field, key: sympy.Expr) -> Field:
-        return self.symbols.setdefault((memory, key), Field(f"?{len(self.symbols)}", [d for d in memory.dims if d != "K"]))
+        return self.symbols.setdefault(
+            (memory, key), Field(f"?{len(self.symbols)}", [d for d in memory.dims if d != "K"])
+        )
 
     def replace(self, expr: sympy.Expr) -> sympy.Expr:
-        """`expr` with every ``Sum(K, key * M)`` replaced; raises ValueError when a read is not linear in the memory."""
+        """`expr` with every ``Sum(K, key * M)`` replaced; raises ValueError when a read is not linear in
+        the memory."""
         if not (expr.free_symbols & MEMORIES) or not expr.args:
             return expr
         args = [self.replace(arg) for arg in expr.args]
@@ -224,7 +267,8 @@ class _Reads:
 
 
 def linear(expr: sympy.Expr, memory: Field) -> tuple[sympy.Expr, sympy.Expr]:
-    """(c, rest) with expr = c ⊙ memory + rest, both free of `memory`; raises ValueError when there are none."""
+    """(c, rest) with expr = c ⊙ memory + rest, both free of `memory`; raises ValueError when there are
+    none."""
     factor = sympy.diff(expr, memory) if not _under_sum(expr, memory) else None
     if factor is None or memory in factor.free_symbols:
         raise ValueError(f"{show(expr)} is not linear in {memory}")
@@ -241,7 +285,7 @@ def _depends(expr: sympy.Expr, symbols: Iterable[sympy.Symbol]) -> bool:
     return bool(expr.free_symbols & set(symbols))
 
 
-# ------------------------------------------------------------------------------------------------------- canonicalise
+# --- canonicalise
 
 
 def canonicalise(
@@ -256,8 +300,9 @@ def canonicalise(
 ) -> Canonical:
     """The canonical form of M_s = D(M_{s-1}) + update (or, with `recurrence`, M_s = update), o = readout.
 
-    Raises LsmUpdateError when the update is no sum of outer products, reads and a scaling of the memory, LsmDimsError when the
-    readout is no vector over V, LsmDecayError when what the update adds to the memory makes it grow for certain.
+    Raises LsmUpdateError when the update is no sum of outer products, reads and a scaling of the memory,
+    LsmDimsError when the readout is no vector over V, LsmDecayError when what the update adds to the
+    memory makes it grow for certain.
     """
     side = "recurrence" if recurrence else "update"
     spot, seen = (where.at(side), where.at("readout")) if where else (None, None)
@@ -300,23 +345,41 @@ def canonicalise(
     if recurrence:
         kept[previous if still else decayed] -= 1
     symbols = list(reads.symbols.values())
-    for key, _ in [*pairs, *((key, 0) for _, key in reads.symbols), *((factor, 0) for factor in kept.values())]:
+    for key, _ in [
+        *pairs,
+        *((key, 0) for _, key in reads.symbols),
+        *((factor, 0) for factor in kept.values()),
+    ]:
         if _depends(key, symbols):
             raise LsmUpdateError(
                 f"{name}: the key {show(_restore(key, reads))} depends on what was read", where=spot,
                 help="values may depend on reads; keys and decays depend on inputs only",
             )  # fmt: skip
-    used = {symbol: at_key for at_key, symbol in reads.symbols.items() if any(symbol in value.free_symbols for _, value in pairs)}
-    reads_decayed = any(memory == decayed for memory, _ in used.values()) or decayed in named(readout, "updated").free_symbols
+    used = {
+        symbol: at_key
+        for at_key, symbol in reads.symbols.items()
+        if any(symbol in value.free_symbols for _, value in pairs)
+    }
+    reads_decayed = (
+        any(memory == decayed for memory, _ in used.values())
+        or decayed in named(readout, "updated").free_symbols
+    )
 
-    decay_k, decay_kv = _fold(name, decay_k, decay_v, decay_kv, {m: expand(f) for m, f in kept.items()}, reads_decayed, spot)
+    decay_k, decay_kv = _fold(
+        name, decay_k, decay_v, decay_kv, {m: expand(f) for m, f in kept.items()}, reads_decayed, spot
+    )
 
     # names in a standard order: by place, then by the text of the key
     order = sorted(used, key=lambda symbol: (used[symbol][0].name != previous.name, show(used[symbol][1])))
     rename = {symbol: Field(f"R{i}", ("V",)) for i, symbol in enumerate(order)}
-    # values are collected again under the final names, so that their order of terms does not depend on the writing
-    writes = tuple(Write(key, value) for key, value in collect((key, value.xreplace(rename)) for key, value in pairs))
-    read_list = tuple(Read(rename[s], used[s][1], "previous" if used[s][0] == previous else "decayed") for s in order)
+    # values are collected again under the final names, so that their order of terms does not depend on the
+    # writing
+    writes = tuple(
+        Write(key, value) for key, value in collect((key, value.xreplace(rename)) for key, value in pairs)
+    )
+    read_list = tuple(
+        Read(rename[s], used[s][1], "previous" if used[s][0] == previous else "decayed") for s in order
+    )
 
     queries, output = _queries(name, tidy(named(readout, "updated")), seen)
     normalizer = any(query.of == "Z" for query in queries)
@@ -324,7 +387,12 @@ def canonicalise(
         _check_normalizer(name, decay_v, decay_kv, writes, read_list, seen)
 
     decays = [part for part in (decay_k, decay_v, decay_kv) if part is not None]
-    rest_of = [*(r.key for r in read_list), *(e for w in writes for e in (w.key, w.value)), *(y.key for y in queries), output]
+    rest_of = [
+        *(r.key for r in read_list),
+        *(e for w in writes for e in (w.key, w.value)),
+        *(y.key for y in queries),
+        output,
+    ]
     made = {r.symbol for r in read_list} | {y.symbol for y in queries}
     in_decay = frozenset().union(*(inputs_of(part) for part in decays)) if decays else frozenset()
     others = frozenset().union(*(inputs_of(part) for part in rest_of)) - in_decay - made
@@ -342,7 +410,9 @@ def canonicalise(
 
 
 def _restore(expr: sympy.Expr, reads: _Reads) -> sympy.Expr:
-    back = {symbol: sympy.Symbol(f"({show(key)} @ {memory})") for (memory, key), symbol in reads.symbols.items()}
+    back = {
+        symbol: sympy.Symbol(f"({show(key)} @ {memory})") for (memory, key), symbol in reads.symbols.items()
+    }
     return expr.xreplace(back)
 
 
@@ -355,7 +425,8 @@ def _fold(
     reads_decayed: bool,
     where: Where | None,
 ) -> tuple[sympy.Expr | None, sympy.Expr | None]:
-    """What an update adds as c_p ⊙ M_{s-1} + c_d ⊙ D(M_{s-1}) joins the decay: e^g (1 + c_d) + c_p, as a log decay."""
+    """What an update adds as c_p ⊙ M_{s-1} + c_d ⊙ D(M_{s-1}) joins the decay: e^g (1 + c_d) + c_p, as a
+    log decay."""
     c_p, c_d = kept[MEMORY["previous"]], kept[MEMORY["decayed"]]
     if c_p == 0 and c_d == 0:
         return decay_k, decay_kv
@@ -366,7 +437,9 @@ def _fold(
         )  # fmt: skip
     if c_p != 0 and (decay_v is not None or decay_kv is not None):
         raise LsmUpdateError(
-            f"{name}: the update adds {show(c_p)} * M to a memory that decays over V", where=where, help="put it into decay=…"
+            f"{name}: the update adds {show(c_p)} * M to a memory that decays over V",
+            where=where,
+            help="put it into decay=…",
         )
     log_of = sympy.S.Zero
     if c_p != 0:
@@ -387,10 +460,14 @@ def _fold(
 def _log(factor: sympy.Expr, name: str, where: Where | None) -> sympy.Expr:
     """ln(factor), as a sum of the logarithms of its factors; ln(1 + c) as log1p(c)."""
     if factor == 0:
-        raise LsmUpdateError(f"{name}: the update removes the whole memory", where=where, help="recurrence=… gives all of M_s")
+        raise LsmUpdateError(
+            f"{name}: the update removes the whole memory", where=where, help="recurrence=… gives all of M_s"
+        )
     if factor.is_number:
         if not factor.is_positive:
-            raise LsmUpdateError(f"{name}: the memory is multiplied by {show(factor)}; decays are in (0, 1]", where=where)
+            raise LsmUpdateError(
+                f"{name}: the memory is multiplied by {show(factor)}; decays are in (0, 1]", where=where
+            )
         return log(factor)
     parts = []
     for part in sympy.Mul.make_args(sympy.factor_terms(factor)):
@@ -409,18 +486,26 @@ def _queries(name: str, readout: sympy.Expr, where: Where | None) -> tuple[tuple
     except ValueError as error:
         raise LsmUpdateError(f"{name}: readout: {error}", where=where, help=way) from None
     if output.free_symbols & MEMORIES:
-        raise LsmUpdateError(f"{name}: the readout {show(output)} uses the memory without reading it", where=where, help=way)
+        raise LsmUpdateError(
+            f"{name}: the readout {show(output)} uses the memory without reading it", where=where, help=way
+        )
     output = expand(output)
     places = [field.name for field in (*MEMORY.values(), *NORMALIZER.values())]
     order = sorted(
-        ((symbol, memory, key) for (memory, key), symbol in found.symbols.items() if symbol in output.free_symbols),
+        (
+            (symbol, memory, key)
+            for (memory, key), symbol in found.symbols.items()
+            if symbol in output.free_symbols
+        ),
         key=lambda item: (places.index(item[1].name), show(item[2])),
     )
     counts = {"M": 0, "Z": 0}
     rename, queries = {}, []
     for symbol, memory, key in order:
         if _depends(key, found.symbols.values()):
-            raise LsmUpdateError(f"{name}: the query {show(key)} depends on what was read", where=where, help=way)
+            raise LsmUpdateError(
+                f"{name}: the query {show(key)} depends on what was read", where=where, help=way
+            )
         of, at = memory.name.split(".")
         rename[symbol] = Field(f"{'Y' if of == 'M' else 'N'}{counts[of]}", ("V",) if of == "M" else ())
         counts[of] += 1
@@ -429,11 +514,18 @@ def _queries(name: str, readout: sympy.Expr, where: Where | None) -> tuple[tuple
 
 
 def _check_normalizer(
-    name: str, decay_v: object, decay_kv: object, writes: tuple[Write, ...], reads: tuple[Read, ...], where: Where | None
+    name: str,
+    decay_v: object,
+    decay_kv: object,
+    writes: tuple[Write, ...],
+    reads: tuple[Read, ...],
+    where: Where | None,
 ) -> None:
     if decay_v is not None or decay_kv is not None:
         raise LsmUpdateError(
-            f"{name}: M.normalizer needs a decay over K only: Z has no dim V", where=where, help="drop the decay over V"
+            f"{name}: M.normalizer needs a decay over K only: Z has no dim V",
+            where=where,
+            help="drop the decay over V",
         )
     gone = {symbol: Field(symbol.name) for symbol in (STANDARD[2], *(read.symbol for read in reads))}
     for write in writes:
@@ -445,4 +537,16 @@ def _check_normalizer(
             )  # fmt: skip
 
 
-__all__ = ["DIMS", "Canonical", "Query", "Read", "Write", "canonicalise", "collect", "content", "expand", "separate", "tidy"]
+__all__ = [
+    "DIMS",
+    "Canonical",
+    "Query",
+    "Read",
+    "Write",
+    "canonicalise",
+    "collect",
+    "content",
+    "expand",
+    "separate",
+    "tidy",
+]

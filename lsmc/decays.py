@@ -3,12 +3,14 @@
     Identity()          D(M) = M
     Constant("log_a")   D(M) = e^{log_a} M            log_a (HV,), ≤ 0, the same for every token
     Scalar("g")         D(M) = e^g M                  g (B, T, HV), ≤ 0
-    Vector("g")         D(M) = diag(e^g) M            g (B, T, HV, K), ≤ 0;  over="V": M diag(e^g), g (B, T, HV, V)
+    Vector("g")         D(M) = diag(e^g) M            g (B, T, HV, K), ≤ 0;  over="V": M diag(e^g), g (B,
+    T, HV, V)
     Matrix("A")         D(M) = e^A ⊙ M                A (B, T, HV, K, V), ≤ 0
 
-The argument is the name of an input or an expression of the *log* decay: ``Scalar(-softplus(scalar("f")))``; a decay given as a
-factor a in (0, 1] is ``log(a)``: ``Matrix(log(matrix("A")))``.  Decays multiply: ``Vector("gk") * Vector("gv", over="V")``.
-(Legend of Table 1 of Linear-MoE, arXiv 2503.05447.)
+The argument is the name of an input or an expression of the *log* decay:
+``Scalar(-softplus(scalar("f")))``; a decay given as a factor a in (0, 1] is ``log(a)``:
+``Matrix(log(matrix("A")))``.  Decays multiply: ``Vector("gk") * Vector("gv", over="V")``. (Legend of Table
+1 of Linear-MoE, arXiv 2503.05447.)
 """
 
 from __future__ import annotations
@@ -20,9 +22,10 @@ from typing import Any, Literal
 import sympy
 
 from lsmc.errors import LsmDecayError, LsmDeclarationError, LsmDimsError, Where, here
-from lsmc.expr import KV, MEMORIES, Dim, Field, Memory, Term, as_term, matrix, scalar, show, show_dims, vector
+from lsmc.expr import KV, MEMORIES, Dim, Field, show, show_dims
 from lsmc.expr import K as OVER_K
 from lsmc.expr import V as OVER_V
+from lsmc.terms import Memory, Term, as_term, matrix, scalar, vector
 
 Default = Callable[[int], list[float]]
 """The values of a per-head input for HV heads, when the caller does not pass it."""
@@ -37,6 +40,7 @@ class Decay:
 
     __slots__ = ("_content", "log_k", "log_v", "log_kv", "defaults", "where")
 
+    _content: tuple[object, ...]
     log_k: sympy.Expr | None
     log_v: sympy.Expr | None
     log_kv: sympy.Expr | None
@@ -60,10 +64,10 @@ class Decay:
         raise AttributeError("decays are immutable")
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Decay) and self._content == other._content  # type: ignore[attr-defined]
+        return isinstance(other, Decay) and self._content == other._content
 
     def __hash__(self) -> int:
-        return hash(self._content)  # type: ignore[attr-defined]
+        return hash(self._content)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Decay, (self.log_k, self.log_v, self.log_kv, dict(self.defaults))
@@ -108,14 +112,16 @@ class Identity(Decay):
 class Constant(Decay):
     """D(M) = e^{log_a} M with log_a (HV,) ≤ 0, one number per head and the same for every token.
 
-    `log_a` is the name of an input, an expression of per-head inputs, or a number.  `default` is the value when a call omits a named
-    input: a number, or a function of the number of heads giving one number per head.
-    Raises LsmDecayError when the number or the default is positive.
+    `log_a` is the name of an input, an expression of per-head inputs, or a number.  `default` is the value
+    when a call omits a named input: a number, or a function of the number of heads giving one number per
+    head. Raises LsmDecayError when the number or the default is positive.
     """
 
     __slots__ = ()
 
-    def __init__(self, log_a: str | float | Term, *, default: float | Callable[..., list[float]] | None = None) -> None:
+    def __init__(
+        self, log_a: str | float | Term, *, default: float | Callable[..., list[float]] | None = None
+    ) -> None:
         where = here()
         defaults: dict[str, Default] = {}
         if isinstance(log_a, str):
@@ -132,7 +138,9 @@ class Constant(Decay):
         tokens = sorted(s.name for s in term.expr.free_symbols if isinstance(s, Field) and s.per == "token")
         if tokens:
             raise LsmDeclarationError(
-                f"a Constant decay does not vary over tokens; {', '.join(tokens)} does", where=where, help="use Scalar"
+                f"a Constant decay does not vary over tokens; {', '.join(tokens)} does",
+                where=where,
+                help="use Scalar",
             )
         super().__init__(log_k=_checked(term, where), defaults=defaults, where=where)
 
@@ -150,7 +158,8 @@ class Scalar(Decay):
 
 
 class Vector(Decay):
-    """D(M) = diag(e^g) M with g (B, T, HV, K) ≤ 0, or with over="V" D(M) = M diag(e^g) with g (B, T, HV, V) ≤ 0."""
+    """D(M) = diag(e^g) M with g (B, T, HV, K) ≤ 0, or with over="V" D(M) = M diag(e^g) with g (B, T, HV,
+    V) ≤ 0."""
 
     __slots__ = ()
 
@@ -159,11 +168,13 @@ class Vector(Decay):
         term = vector(g, over=over or "K") if isinstance(g, str) else _log_decay(g, where, "g")
         _need(term, (OVER_K, OVER_V) if over is None else (frozenset({over}),), "Vector", where)
         log = _checked(term, where)
-        super().__init__(**{"log_k" if term.dims == OVER_K else "log_v": log}, where=where)  # type: ignore[arg-type]
+        over_k = term.dims == OVER_K
+        super().__init__(log_k=log if over_k else None, log_v=None if over_k else log, where=where)
 
 
 class Matrix(Decay):
-    """D(M) = e^A ⊙ M with a log decay A ≤ 0 of its own for every entry: (B, T, HV, K, V), or (HV, K, V) with per="head"."""
+    """D(M) = e^A ⊙ M with a log decay A ≤ 0 of its own for every entry: (B, T, HV, K, V), or (HV, K, V)
+    with per="head"."""
 
     __slots__ = ()
 
@@ -176,17 +187,26 @@ class Matrix(Decay):
 
 def _log_decay(value: object, where: Where | None, name: str) -> Term:
     if isinstance(value, Decay):
-        raise LsmDeclarationError("a decay of a decay", where=where.at(0) if where else None, help="decays multiply: a * b")
+        raise LsmDeclarationError(
+            "a decay of a decay", where=where.at(0) if where else None, help="decays multiply: a * b"
+        )
     return as_term(value, where, 0)
 
 
 def _need(term: Term, allowed: tuple[frozenset[str], ...], kind: str, where: Where | None) -> None:
     spot = where.at(0) if where else None
     if isinstance(term, Memory) or term.expr.free_symbols & MEMORIES:
-        raise LsmDeclarationError(f"the decay {term!r} depends on the memory", where=spot, help="decays depend on inputs only")
+        raise LsmDeclarationError(
+            f"the decay {term!r} depends on the memory", where=spot, help="decays depend on inputs only"
+        )
     if term.dims not in allowed:
         want = " or ".join(show_dims(dims) for dims in allowed)
-        kinds = {frozenset(): "Scalar", OVER_K: 'Vector(…, over="K")', OVER_V: 'Vector(…, over="V")', KV: "Matrix"}
+        kinds = {
+            frozenset(): "Scalar",
+            OVER_K: 'Vector(…, over="K")',
+            OVER_V: 'Vector(…, over="V")',
+            KV: "Matrix",
+        }
         raise LsmDimsError(
             f"{kind} takes a log decay with dims {want}; {term!r} has dims {show_dims(term.dims)}", where=spot,
             help=f"use {kinds[term.dims]}",
@@ -209,7 +229,9 @@ def _default(name: str, default: float | Callable[..., list[float]], where: Wher
     def values(heads: int) -> list[float]:
         made = [float(x) for x in default(heads)] if callable(default) else [float(default)] * heads
         if len(made) != heads:
-            raise LsmDeclarationError(f"the default of {name!r} gives {len(made)} numbers for {heads} heads", where=spot)
+            raise LsmDeclarationError(
+                f"the default of {name!r} gives {len(made)} numbers for {heads} heads", where=spot
+            )
         worst = max(made, default=0.0)
         if worst > 0:
             raise LsmDecayError(
@@ -219,7 +241,9 @@ def _default(name: str, default: float | Callable[..., list[float]], where: Wher
         return made
 
     if callable(default) and len(inspect.signature(default).parameters) != 1:
-        raise LsmDeclarationError(f"the default of {name!r} takes one argument, the number of heads", where=spot)
+        raise LsmDeclarationError(
+            f"the default of {name!r} takes one argument, the number of heads", where=spot
+        )
     for heads in (1, 2, 8, 16):
         values(heads)
     return values

@@ -4,9 +4,9 @@
                                       ^^^^^^^^ decay has dims (V,); this memory decays along (K,)
     help: declare a = Vector("a", over="K")
 
-Every class derives from `LsmError`.  An error carries `rule` (what was broken), `where` (a `Where`, or None) and
-`help` (a way out, or None).  The text of an error is laid out for the prefix ``lsmc.<Class>: `` with which Python, pytest
-and the command line print it, so that the carets stand under the term.
+Every class derives from `LsmError`.  An error carries `rule` (what was broken), `where` (a `Where`, or
+None) and `help` (a way out, or None).  The text of an error is laid out for the prefix ``lsmc.<Class>: ``
+with which Python, pytest and the command line print it, so that the carets stand under the term.
 """
 
 from __future__ import annotations
@@ -20,17 +20,31 @@ from dataclasses import dataclass
 from itertools import islice
 from types import CodeType
 
-# Frames of these modules are the compiler's own: the user's line is the first one outside them.  `lsmc.zoo` and
-# `lsmc.models` are users of the language like any other file.
+# Frames of these modules are the compiler's own: the user's line is the first one outside them.
+# `lsmc.zoo` and `lsmc.models` are users of the language like any other file.
 _OWN = frozenset(
     f"lsmc.{name}"
-    for name in ("errors", "expr", "functions", "decays", "lsm", "canonical", "inputs", "reference", "api", "pipeline")
+    for name in (
+        "errors",
+        "expr",
+        "terms",
+        "functions",
+        "maps",
+        "decays",
+        "lsm",
+        "canonical",
+        "inputs",
+        "reference",
+        "api",
+        "pipeline",
+    )
 ) | {"lsmc", "functools", "importlib", "dataclasses"}
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A piece of one source file: 1-based lines, 0-based columns; `col` is None where Python kept no columns."""
+    """A piece of one source file: 1-based lines, 0-based columns; `col` is None where Python kept no
+    columns."""
 
     filename: str
     line: int
@@ -51,7 +65,8 @@ class Span:
         return b"".join(raw).decode(errors="replace")
 
     def narrowed(self, find: Callable[[ast.expr], ast.expr | None]) -> Span:
-        """The span of the sub-expression that `find` picks from the parsed text; the whole span when it finds none."""
+        """The span of the sub-expression that `find` picks from the parsed text; the whole span when it
+        finds none."""
         text = self.text()
         if text is None or self.col is None:
             return self
@@ -72,9 +87,11 @@ class Span:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Where:
-    """A place in the user's source: an instruction of a code object, turned into line and columns only when asked.
+    """A place in the user's source: an instruction of a code object, turned into line and columns only
+    when asked.
 
-    `operand` is "left", "right" (of a binary operator), an argument position or a keyword of a call: the part to underline.
+    `operand` is "left", "right" (of a binary operator), an argument position or a keyword of a call: the
+    part to underline.
     """
 
     code: CodeType
@@ -160,7 +177,8 @@ def _rebuild(cls: type[LsmError], rule: str, help: str | None, text: str) -> Lsm
 
 
 class LsmUnknownSymbolError(LsmError, AttributeError):
-    """A symbol that nobody declared: a bare string, a foreign sympy symbol, or `M.something` that the memory lacks."""
+    """A symbol that nobody declared: a bare string, a foreign sympy symbol, or `M.something` that the
+    memory lacks."""
 
     __module__ = "lsmc"
 
@@ -172,13 +190,15 @@ class LsmShapeError(LsmError):
 
 
 class LsmDimsError(LsmShapeError):
-    """Named dims inside a declaration do not fit: `k + v`, `v @ M`, a decay over the wrong dim, a readout not over V."""
+    """Named dims inside a declaration do not fit: `k + v`, `v @ M`, a decay over the wrong dim, a readout
+    not over V."""
 
     __module__ = "lsmc"
 
 
 class LsmDeclarationError(LsmError):
-    """An argument of the declaration language is of the wrong kind: `decay="g"`, an update that is a number, …"""
+    """An argument of the declaration language is of the wrong kind: `decay="g"`, an update that is a
+    number, …"""
 
     __module__ = "lsmc"
 
@@ -190,12 +210,15 @@ class LsmUpdateError(LsmError):
 
 
 class LsmNotAffineError(LsmError):
-    """The written values are not affine in what was read, so the tokens of a chunk cannot be solved together."""
+    """The written values are not affine in what was read, so the tokens of a chunk cannot be solved
+    together."""
 
     __module__ = "lsmc"
 
     @classmethod
-    def of(cls, name: str, value: object, reads: Iterable[object], where: Where | None = None) -> LsmNotAffineError:
+    def of(
+        cls, name: str, value: object, reads: Iterable[object], where: Where | None = None
+    ) -> LsmNotAffineError:
         """The error for method `name` whose written `value` depends on `reads` other than affinely."""
         which = ", ".join(str(read) for read in reads)
         return cls(
@@ -254,19 +277,22 @@ class LsmDuplicateNameError(LsmError):
 
 
 class LsmNameError(LsmError):
-    """A name that must not reach generated code: not an identifier, a keyword, or reserved by the compiler."""
+    """A name that must not reach generated code: not an identifier, a keyword, or reserved by the
+    compiler."""
 
     __module__ = "lsmc"
 
 
 class LsmSequenceError(LsmError):
-    """`cu_seqlens` does not describe packed sequences: B ≠ 1, not starting at 0, decreasing, or not ending at T."""
+    """`cu_seqlens` does not describe packed sequences: B ≠ 1, not starting at 0, decreasing, or not ending
+    at T."""
 
     __module__ = "lsmc"
 
 
 class LsmCheckError(LsmError):
-    """`lsmc.check` found a case in which the compiled operator breaks a law; the message shows the smallest one."""
+    """`lsmc.check` found a case in which the compiled operator breaks a law; the message shows the
+    smallest one."""
 
     __module__ = "lsmc"
 

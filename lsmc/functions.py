@@ -1,22 +1,22 @@
-"""The elementwise functions of the language: one table, for the reference, the symbolic derivatives and the emitters.
+"""The elementwise functions of the language: one table, for the reference, the symbolic derivatives and
+the emitters.
 
-Each entry of `FUNCTIONS` is a sympy function class with its derivative (`fdiff`), and its source in torch and in Triton as a
-template of ``{0}``, the *name* of its argument (templates may use it more than once).  Where the obvious formula loses digits
-(``log(1 + exp(x))``, ``exp(x) - 1``) the template is the stable one.
+Each entry of `FUNCTIONS` is a sympy function class with its derivative (`fdiff`), and its source in torch
+and in Triton as a template of ``{0}``: in torch any parenthesised expression, in Triton the *name* of a
+value, since templates use it repeatedly.  Where the obvious formula loses digits (``log(1 + exp(x))``,
+``exp(x) - 1``) the template is the stable one.
 
-`sqrt`, `rsqrt`, `square` are powers; `silu`, `gelu`, `swish` are products; `softmax`, `l2norm`, `rmsnorm`, `mean` contain a sum.
+These classes are plain sympy; what users call on terms is in `lsmc.maps`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
 
-from lsmc.expr import DIM_SYMBOL, Max, Sum, Term, _vector, as_term, contract, number
-from lsmc.errors import here
+from lsmc.expr import number
 
 
 class _Elementwise(sympy.Function):  # type: ignore[misc]
@@ -27,7 +27,8 @@ class _Elementwise(sympy.Function):  # type: ignore[misc]
 
 
 class exp(_Elementwise):
-    """e^x.  (sympy's own exp merges products of exponentials, which would mix dims and signs of exponents.)"""
+    """e^x.  (sympy's own exp merges products of exponentials, which would mix dims and signs of
+    exponents.)"""
 
     @classmethod
     def eval(cls, x: sympy.Expr) -> sympy.Expr | None:
@@ -155,7 +156,8 @@ class FunctionSpec:
     triton: str
 
 
-# ln(1 + y) for y in (−1/2, 1] by 2·artanh(y / (2 + y)): hardware logarithms have absolute, not relative, accuracy near 1
+# ln(1 + y) for y in (−1/2, 1] by 2·artanh(y / (2 + y)): hardware logarithms have absolute, not relative,
+# accuracy near 1
 _LOG1P_SMALL = (
     "(2 * ({0} / (2 + {0})) * (1 + ({0} / (2 + {0})) * ({0} / (2 + {0})) * (0.3333333333333333 + ({0} / (2 + {0})) * "
     "({0} / (2 + {0})) * (0.2 + ({0} / (2 + {0})) * ({0} / (2 + {0})) * (0.14285714285714285 + ({0} / (2 + {0})) * "
@@ -186,10 +188,10 @@ FUNCTIONS: dict[str, FunctionSpec] = {
             "logsigmoid", logsigmoid, "torch.nn.functional.logsigmoid({0})", f"(tl.minimum({{0}}, 0) - {_SOFTPLUS_TAIL})"
         ),
         FunctionSpec(
-            "softplus", softplus, "torch.logaddexp({0}, torch.zeros_like({0}))", f"(tl.maximum({{0}}, 0) + {_SOFTPLUS_TAIL})"
+            "softplus", softplus, "-torch.nn.functional.logsigmoid(-{0})", f"(tl.maximum({{0}}, 0) + {_SOFTPLUS_TAIL})"
         ),
         FunctionSpec("relu", relu, "torch.relu({0})", "tl.maximum({0}, 0)"),
-        FunctionSpec("step", step, "({0} > 0).to({0}.dtype)", "tl.where({0} > 0, 1.0, 0.0)"),
+        FunctionSpec("step", step, "torch.relu(torch.sign({0}))", "tl.where({0} > 0, 1.0, 0.0)"),
         FunctionSpec("elu", elu, "torch.nn.functional.elu({0})", f"tl.where({{0}} > 0, {{0}}, {_EXPM1})"),
         FunctionSpec("erf", erf, "torch.erf({0})", "tl.erf({0})"),
         FunctionSpec("tanh", sympy.tanh, "torch.tanh({0})", _TANH),
@@ -202,78 +204,3 @@ FUNCTIONS: dict[str, FunctionSpec] = {
     )
 }  # fmt: skip
 """Elementwise functions by the name of their sympy class (``type(node).__name__``)."""
-
-
-# ------------------------------------------------------------------------------------------------------ what users call
-
-
-def _lift(build: Callable[[sympy.Expr], sympy.Expr], doc: str) -> Callable[[object], Term]:
-    def apply(x: object) -> Term:
-        where = here()
-        return Term(build(as_term(x, where, 0).expr), where)
-
-    apply.__doc__ = doc + "  Elementwise, on a scalar or a vector over K or V."
-    return apply
-
-
-def _silu(x: sympy.Expr) -> sympy.Expr:
-    return x * sigmoid(x)
-
-
-def _gelu(x: sympy.Expr) -> sympy.Expr:
-    return x * (1 + erf(x * number(0.7071067811865476))) / 2
-
-
-ELEMENTWISE: dict[str, Callable[[object], Term]] = {
-    "exp": _lift(exp, "e^x."),
-    "log": _lift(log, "ln x, x > 0."),
-    "expm1": _lift(expm1, "e^x − 1 without cancellation."),
-    "log1p": _lift(log1p, "ln(1 + x) without cancellation."),
-    "sigmoid": _lift(sigmoid, "1 / (1 + e^−x)."),
-    "logsigmoid": _lift(logsigmoid, "ln sigmoid(x), < 0."),
-    "softplus": _lift(softplus, "ln(1 + e^x), > 0."),
-    "relu": _lift(relu, "max(x, 0)."),
-    "elu": _lift(elu, "x where x > 0, else e^x − 1."),
-    "erf": _lift(erf, "The error function."),
-    "tanh": _lift(sympy.tanh, "tanh x."),
-    "sin": _lift(sympy.sin, "sin x."),
-    "cos": _lift(sympy.cos, "cos x."),
-    "abs": _lift(sympy.Abs, "|x|; its derivative at 0 is 0."),
-    "sign": _lift(sympy.sign, "−1, 0 or 1."),
-    "sqrt": _lift(sympy.sqrt, "√x, x ≥ 0."),
-    "rsqrt": _lift(lambda x: x ** sympy.Rational(-1, 2), "1 / √x, x > 0."),
-    "square": _lift(lambda x: x**2, "x²."),
-    "silu": _lift(_silu, "x · sigmoid(x), also called swish."),
-    "gelu": _lift(_gelu, "x · Φ(x) with the normal distribution function Φ."),
-}
-"""The user-facing elementwise functions, exported as ``lsmc.<name>``."""
-
-
-def softmax(x: object) -> Term:
-    """e^{xᵢ} / Σⱼ e^{xⱼ} over the only dim of a vector."""
-    where = here()
-    term, dim = _vector(x, where, "softmax")
-    shifted = exp(term.expr - Max(DIM_SYMBOL[dim], term.expr))
-    return Term(shifted / Sum(DIM_SYMBOL[dim], shifted), where)
-
-
-def mean(x: object) -> Term:
-    """(1/n) Σᵢ xᵢ over the only dim of a vector."""
-    where = here()
-    term, dim = _vector(x, where, "mean")
-    return Term(contract(dim, term.expr) / Sum(DIM_SYMBOL[dim], sympy.S.One), where)
-
-
-def l2norm(x: object, eps: float = 1e-6) -> Term:
-    """x / √(Σᵢ xᵢ² + eps) over the only dim of a vector."""
-    where = here()
-    term, dim = _vector(x, where, "l2norm")
-    return Term(term.expr / sympy.sqrt(Sum(DIM_SYMBOL[dim], term.expr**2) + number(eps)), where)
-
-
-def rmsnorm(x: object, eps: float = 1e-6) -> Term:
-    """x / √((1/n) Σᵢ xᵢ² + eps) over the only dim of a vector of n numbers."""
-    where = here()
-    term, dim = _vector(x, where, "rmsnorm")
-    symbol = DIM_SYMBOL[dim]
-    return Term(term.expr / sympy.sqrt(Sum(symbol, term.expr**2) / Sum(symbol, sympy.S.One) + number(eps)), where)

@@ -1,10 +1,11 @@
-"""`LSM`: the declaration of a linear sequence model, a pair (decay type, update rule) and optionally a readout.
+"""`LSM`: the declaration of a linear sequence model, a pair (decay type, update rule) and optionally a
+readout.
 
     gla = LSM("gla", decay=Vector("g"), update=outer(k, v))
 
-says  M_s = D_s(M_{s-1}) + update,  o_s = q_s · M_s.  In an update `M` is the memory before the decay and `M.decayed` after it; in a
-readout `M` is the updated memory.  Declaring costs milliseconds and runs nothing; every mistake that can be seen without
-tensors is raised here, at the line of the declaration.
+says  M_s = D_s(M_{s-1}) + update,  o_s = q_s · M_s.  In an update `M` is the memory before the decay and
+`M.decayed` after it; in a readout `M` is the updated memory.  Declaring costs milliseconds and runs
+nothing; every mistake that can be seen without tensors is raised here, at the line of the declaration.
 """
 
 from __future__ import annotations
@@ -16,11 +17,22 @@ from typing import TYPE_CHECKING, Any
 import sympy
 
 from lsmc.decays import Decay, Identity
-from lsmc.errors import LsmDeclarationError, LsmDimsError, LsmDuplicateNameError, LsmUnknownSymbolError, Where, here
-from lsmc.expr import MEMORIES, Field, M, Operator, Sum, Term, _short, check_name, inputs_of, q, show
+from lsmc.errors import (
+    LsmDeclarationError,
+    LsmDimsError,
+    LsmDuplicateNameError,
+    LsmUnknownSymbolError,
+    Where,
+    here,
+)
+from lsmc.expr import MEMORIES, Field, Sum, inputs_of, show
+from lsmc.terms import M, Operator, Term, _short, check_name, q
 
 if TYPE_CHECKING:
     from lsmc.canonical import Canonical
+
+
+_IDENTITY = Identity()
 
 
 class LSM:
@@ -28,16 +40,19 @@ class LSM:
 
     name         letters, digits and underscores
     decay        Identity(), Constant, Scalar, Vector, Matrix, or a product of them
-    update       a (K, V) term added to the decayed memory: sums of outer(key, value), values possibly with reads ``k @ M``
-    recurrence   instead of `update`, the whole right-hand side: ``(eye - beta * outer(k, k)) @ M.decayed + beta * outer(k, v)``
+    update       a (K, V) term added to the decayed memory: sums of outer(key, value), values possibly with
+    reads ``k @ M``
+    recurrence   instead of `update`, the whole right-hand side: ``(eye - beta * outer(k, k)) @ M.decayed +
+    beta * outer(k, v)``
     readout      a term over V; default ``q @ M``.  ``q @ M.previous`` reads before the update,
                  ``q @ (M.previous + outer(u * k, v))`` gives the present token a bonus, ``+ D * v`` skips,
                  ``(q @ M) / (q @ M.normalizer + 1e-6)`` normalises
 
-    Calling it runs the compiled operator (see `lsmc.api`); `step` runs one token; `canonical` is its canonical form.
-    Raises subclasses of LsmError.
+    Calling it runs the compiled operator (see `lsmc.api`); `step` runs one token; `canonical` is its
+    canonical form. Raises subclasses of LsmError.
     """
 
+    _content: tuple[object, ...]
     name: str
     decay: Decay
     update: sympy.Expr
@@ -48,17 +63,16 @@ class LSM:
         self,
         name: str,
         *,
-        decay: Decay | None = None,
+        decay: Decay = _IDENTITY,
         update: Term | None = None,
         recurrence: Term | None = None,
         readout: Term | None = None,
     ) -> None:
         where = here()
         check_name(name, where.at(0) if where else None, what="method")
-        if decay is None:
-            decay = Identity()
-        if not isinstance(decay, Decay):
-            shown = f'"{decay}"' if isinstance(decay, str) else _short(decay)
+        given: object = decay  # users are not type checkers
+        if not isinstance(given, Decay):
+            shown = f'"{given}"' if isinstance(given, str) else _short(given)
             raise LsmDeclarationError(
                 f"decay={shown} is no decay type", where=where.at("decay") if where else None,
                 help=f"use Identity(), Constant(…), Scalar({shown}), Vector({shown}) or Matrix(…)",
@@ -79,8 +93,16 @@ class LSM:
         _ = self.canonical  # mistakes show at the declaration
 
     def _terms(self) -> list[tuple[str, sympy.Expr]]:
-        decays = [("decay", part) for part in (self.decay.log_k, self.decay.log_v, self.decay.log_kv) if part is not None]
-        return [*decays, ("recurrence" if self.is_recurrence else "update", self.update), ("readout", self.readout)]
+        decays = [
+            ("decay", part)
+            for part in (self.decay.log_k, self.decay.log_v, self.decay.log_kv)
+            if part is not None
+        ]
+        return [
+            *decays,
+            ("recurrence" if self.is_recurrence else "update", self.update),
+            ("readout", self.readout),
+        ]
 
     is_recurrence: bool
     """Whether `update` is the whole right-hand side of M_s."""
@@ -96,17 +118,18 @@ class LSM:
 
     @property
     def inputs(self) -> tuple[Field, ...]:
-        """The inputs of a call, in order: q, k, v as used, then the declared ones; each has `.name`, `.dims`, `.shape`."""
+        """The inputs of a call, in order: q, k, v as used, then the declared ones; each has `.name`,
+        `.dims`, `.shape`."""
         return self.canonical.inputs
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError("declarations are immutable")
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, LSM) and self._content == other._content  # type: ignore[attr-defined]
+        return isinstance(other, LSM) and self._content == other._content
 
     def __hash__(self) -> int:
-        return hash(self._content)  # type: ignore[attr-defined]
+        return hash(self._content)
 
     def __repr__(self) -> str:
         word = "recurrence" if self.is_recurrence else "update"
@@ -128,11 +151,17 @@ def _term(value: object, name: str, where: Where | None) -> Term:
         return value
     if isinstance(value, Operator):
         raise LsmDimsError(
-            f"the {name} {value!r} is a (K, K) operator; the memory has dims (K, V)", where=spot, help="write (…) @ M.decayed"
+            f"the {name} {value!r} is a (K, K) operator; the memory has dims (K, V)",
+            where=spot,
+            help="write (…) @ M.decayed",
         )
     if isinstance(value, str | sympy.Basic):
-        raise LsmUnknownSymbolError(f"{name}={value!r}: nobody declared it", where=spot, help="write update=outer(k, v)")
-    raise LsmDeclarationError(f"{name}={_short(value)} is no term", where=spot, help="write update=outer(k, v), readout=q @ M")
+        raise LsmUnknownSymbolError(
+            f"{name}={value!r}: nobody declared it", where=spot, help="write update=outer(k, v)"
+        )
+    raise LsmDeclarationError(
+        f"{name}={_short(value)} is no term", where=spot, help="write update=outer(k, v), readout=q @ M"
+    )
 
 
 def _check_names(terms: list[tuple[str, sympy.Expr]], where: Where | None) -> None:
@@ -142,7 +171,9 @@ def _check_names(terms: list[tuple[str, sympy.Expr]], where: Where | None) -> No
         spot = where.at(part) if where else None
         for symbol in sorted(expr.free_symbols - _dim_symbols(expr), key=str):
             if not isinstance(symbol, Field):
-                raise LsmUnknownSymbolError(f"unknown symbol {symbol}", where=spot, help=f'declare it: scalar("{symbol}")')
+                raise LsmUnknownSymbolError(
+                    f"unknown symbol {symbol}", where=spot, help=f'declare it: scalar("{symbol}")'
+                )
         for symbol in sorted(inputs_of(expr), key=lambda s: (s.name, s.shape)):
             known = seen.setdefault(symbol.name, symbol)
             if known != symbol:

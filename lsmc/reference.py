@@ -1,0 +1,243 @@
+"""The oracle: any declaration, one step at a time, in float64.
+
+    reference(gla)(q=q, k=k, v=v, g=g)
+
+interprets the canonical form, sharing nothing with the chunk program: what depends on inputs alone is
+evaluated for all tokens at once, then a loop over the tokens reads, writes and decays the memory.
+Autograd goes through it.  It runs on the device of its inputs.  Decays enter as e^g, g = −inf included:
+the factor and its gradient are then exactly 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+
+from lsmc.canonical import Canonical
+from lsmc.expr import Field, Max, Sum
+from lsmc.inputs import Sizes, bind
+from lsmc.lsm import LSM
+
+_TORCH: dict[str, Callable[[Tensor], Tensor]] = {
+    "exp": torch.exp,
+    "log": torch.log,
+    "expm1": torch.expm1,
+    "log1p": torch.log1p,
+    "sigmoid": torch.sigmoid,
+    "logsigmoid": torch.nn.functional.logsigmoid,
+    "softplus": lambda x: torch.logaddexp(x, torch.zeros_like(x)),
+    "relu": torch.relu,
+    "step": lambda x: (x > 0).to(x.dtype),
+    "elu": torch.nn.functional.elu,
+    "erf": torch.erf,
+    "tanh": torch.tanh,
+    "sin": torch.sin,
+    "cos": torch.cos,
+    "Abs": torch.abs,
+    "sign": torch.sign,
+}
+_AXIS = {"K": -2, "V": -1}
+
+
+class reference:
+    """``reference(decl)`` is a function with the operator's signature that runs `decl` step by step;
+    `dtype` is float64.
+
+    ``(**inputs, initial_state=None, return_final_state=False, cu_seqlens=None, scale=1.0)`` gives o (B, T,
+    HV, V), or (o, state) with state (N, HV, K, V), or (M, Z) with a normaliser Z (N, HV, K).  Raises what
+    `lsmc.inputs.bind` raises.
+    """
+
+    def __init__(self, declaration: LSM | Canonical, dtype: torch.dtype = torch.float64) -> None:
+        self.canonical = declaration.canonical if isinstance(declaration, LSM) else declaration
+        self.dtype = dtype
+
+    def __repr__(self) -> str:
+        return f"reference({self.canonical.name})"
+
+    def __call__(
+        self,
+        *,
+        initial_state: Tensor | tuple[Tensor, ...] | None = None,
+        return_final_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+        scale: float = 1.0,
+        **inputs: Tensor,
+    ) -> Any:
+        """Runs the recurrence; see the class."""
+        c = self.canonical
+        tensors, sizes = bind(c, inputs, initial_state=initial_state, cu_seqlens=cu_seqlens)
+        like = next(iter(tensors.values()))
+        values = {symbol: _spread(tensors[symbol.name].to(self.dtype), symbol, sizes) for symbol in c.inputs}
+        values = {symbol: value * scale if symbol.name == "q" else value for symbol, value in values.items()}
+        if initial_state is None:
+            M = torch.zeros(sizes.N, sizes.HV, sizes.K, sizes.V, dtype=self.dtype, device=like.device)
+            Z = torch.zeros(sizes.N, sizes.HV, sizes.K, 1, dtype=self.dtype, device=like.device)
+        else:
+            states = initial_state if isinstance(initial_state, tuple | list) else (initial_state,)
+            M = states[0].to(self.dtype)
+            Z = (
+                states[1].to(self.dtype)[..., None]
+                if c.normalizer
+                else M.new_zeros(sizes.N, sizes.HV, sizes.K, 1)
+            )
+        if cu_seqlens is None:
+            o, M, Z = self._run(values, M, Z, sizes)
+        else:
+            ends, parts = cu_seqlens.tolist(), []
+            for n, (start, stop) in enumerate(zip(ends, ends[1:], strict=False)):
+                piece = {s: x[:, start:stop] if s.per == "token" else x for s, x in values.items()}
+                parts.append(
+                    self._run(piece, M[n : n + 1], Z[n : n + 1], Sizes(**{**vars(sizes), "T": stop - start}))
+                )
+            o = torch.cat([part[0] for part in parts], 1) if parts else M.new_zeros(1, 0, sizes.HV, sizes.V)
+            M, Z = (torch.cat([part[i] for part in parts]) if parts else (M, Z)[i - 1] for i in (1, 2))
+        if not return_final_state:
+            return o
+        return (o, (M, Z[..., 0])) if c.normalizer else (o, M)
+
+    def _run(
+        self, values: dict[Field, Tensor], M: Tensor, Z: Tensor, sizes: Sizes
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """All tokens of `values` (layout (B, T, HV, K or 1, V or 1)) from the memories M (B, HV, K, V) and
+        Z (B, HV, K, 1)."""
+        c = self.canonical
+        all_tokens = _Evaluator(values, sizes, self.dtype, M.device)
+
+        def over_tokens(expr: sympy.Expr) -> list[Tensor]:
+            value = all_tokens(expr)
+            value = value.reshape((1,) * 5) if value.dim() == 0 else value
+            # unbind, not indexing: its backward stacks once instead of adding T zero-padded slices
+            return list(value.expand(value.shape[0], sizes.T, *value.shape[2:]).unbind(1))
+
+        decays = [
+            over_tokens(part) for part in (c.decay_k, c.decay_v, c.decay_kv) if part is not None
+        ]
+        decay_z = over_tokens(c.decay_k) if c.decay_k is not None else None
+        keys_r = [over_tokens(read.key) for read in c.reads]
+        keys_w = [over_tokens(write.key) for write in c.writes]
+        keys_y = [over_tokens(query.key) for query in c.queries]
+        in_values = set().union(*(write.value.free_symbols for write in c.writes)) if c.writes else set()
+        tokens = {
+            s: x.expand(x.shape[0], sizes.T, *x.shape[2:]).unbind(1)
+            for s, x in values.items()
+            if s in in_values
+        }
+        # Z is the memory of v = 1: whatever v was, and whatever was read with it
+        ones = {s: tuple(torch.ones_like(x) for x in t) if s.name == "v" else t for s, t in tokens.items()}
+
+        found: list[list[Tensor]] = [[] for _ in c.queries]
+        for t in range(sizes.T):
+            M, at_M = self._step(t, M, decays, keys_r, keys_w, tokens, sizes)
+            at = {"M": at_M}
+            if c.normalizer:
+                Z, at["Z"] = self._step(t, Z, [decay_z] if decay_z else [], keys_r, keys_w, ones, sizes)
+            for query, keys, into in zip(c.queries, keys_y, found, strict=True):
+                into.append((keys[t] * at[query.of][query.at]).sum(-2, keepdim=True))
+        if sizes.T == 0:
+            return M.new_zeros(sizes.B, 0, sizes.HV, sizes.V), M, Z
+        queries = {query.symbol: torch.stack(into, 1) for query, into in zip(c.queries, found, strict=True)}
+        o = _Evaluator({**values, **queries}, sizes, self.dtype, M.device)(c.output)
+        return o.expand(sizes.B, sizes.T, sizes.HV, 1, sizes.V).squeeze(-2), M, Z
+
+    def _step(
+        self,
+        t: int,
+        M: Tensor,
+        decays: list[list[Tensor]],
+        keys_r: list[list[Tensor]],
+        keys_w: list[list[Tensor]],
+        tokens: dict[Field, tuple[Tensor, ...]],
+        sizes: Sizes,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """One step of one memory: M_s, and the memory before the decay, after it and after the write."""
+        c = self.canonical
+        at = {"previous": M}
+        for log_decay in decays:
+            M = M * log_decay[t].exp()
+        at["decayed"] = M
+        read = {
+            r.symbol: (key[t] * at[r.at]).sum(-2, keepdim=True)
+            for r, key in zip(c.reads, keys_r, strict=True)
+        }
+        one_token = _Evaluator({**{s: x[t] for s, x in tokens.items()}, **read}, sizes, self.dtype, M.device)
+        for write, key in zip(c.writes, keys_w, strict=True):
+            M = M + key[t] * one_token(write.value)
+        at["updated"] = M
+        return M, at
+
+
+def _spread(x: Tensor, symbol: Field, sizes: Sizes) -> Tensor:
+    """(…heads, *dims) → (B or 1, T or 1, HV, K or 1, V or 1); value head j takes query/key head j // (HV
+    // H)."""
+    x = x if symbol.per == "token" else x[None, None]
+    if symbol.heads == "H" and sizes.H != sizes.HV:
+        x = x.repeat_interleave(sizes.HV // sizes.H, dim=2)
+    if "K" not in symbol.dims:
+        x = x[..., None, :] if "V" in symbol.dims else x[..., None, None]
+    elif "V" not in symbol.dims:
+        x = x[..., None]
+    return x
+
+
+class _Evaluator:
+    """Evaluates an expression over tensors whose last two dimensions are K and V (or 1)."""
+
+    def __init__(
+        self, values: dict[Field, Tensor], sizes: Sizes, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.done: dict[sympy.Basic, Tensor] = dict(values)
+        self.sizes, self.dtype, self.device = sizes, dtype, device
+
+    def __call__(self, expr: sympy.Basic) -> Tensor:
+        value = self.done.get(expr)
+        if value is None:
+            value = self.done[expr] = self._evaluate(expr)
+        return value
+
+    def _number(self, value: float) -> Tensor:
+        return torch.tensor(value, dtype=self.dtype, device=self.device)
+
+    def _evaluate(self, expr: sympy.Basic) -> Tensor:
+        if expr.is_Rational:
+            return self._number(int(expr.p) / int(expr.q))
+        if expr.is_number and not expr.atoms(Sum):
+            return self._number(float(_numeric(expr)))
+        if isinstance(expr, Sum):
+            axis, body = _AXIS[expr.dim], self(expr.body)
+            if isinstance(expr, Max):
+                if body.dim() == 0:
+                    return body
+                return body.detach().amax(axis, keepdim=True)
+            size = self.sizes.K if expr.dim == "K" else self.sizes.V
+            return body * size if body.dim() == 0 or body.shape[axis] == 1 else body.sum(axis, keepdim=True)
+        if isinstance(expr, sympy.Add | sympy.Mul):
+            parts = [self(arg) for arg in expr.args]
+            value = parts[0]
+            for part in parts[1:]:
+                value = value + part if isinstance(expr, sympy.Add) else value * part
+            return value
+        if isinstance(expr, sympy.Pow):
+            base, power = self(expr.base), expr.exp
+            if power == sympy.Rational(1, 2):
+                return base.sqrt()
+            return (
+                base.rsqrt()
+                if power == sympy.Rational(-1, 2)
+                else base ** (int(power) if power.is_Integer else float(power))
+            )
+        return _TORCH[type(expr).__name__](self(expr.args[0]))
+
+
+def _numeric(expr: sympy.Expr) -> float:
+    """The value of an expression without symbols, such as log(1/2) or tanh(1)."""
+    if expr.is_Rational or not expr.args:
+        return float(expr)
+    if type(expr).__name__ in _TORCH:
+        return float(_TORCH[type(expr).__name__](torch.tensor(_numeric(expr.args[0]), dtype=torch.float64)))
+    args = [_numeric(arg) for arg in expr.args]
+    return float(expr.func(*args))
