@@ -1,24 +1,25 @@
-"""``lsmc::moe_experts``: the SwiGLU experts of a mixture, as one functional operator with an explicit gradient.
+"""``lsmc::moe_experts``: the SwiGLU experts of a mixture, one functional operator with an explicit gradient.
 
 For tokens ``x_n``, their chosen experts ``e_{nj}`` and routing weights ``p_{nj}`` (j < k):
 
-    y_n = Σ_j p_{nj} · (silu(x_n A_e^T) ⊙ (x_n B_e^T)) C_e^T        e = e_{nj},  [A_e; B_e] = w_in[e],  C_e = w_out[e]
+    y_n = Σ_j p_{nj} · (silu(x_n A_e^T) ⊙ (x_n B_e^T)) C_e^T,  e = e_{nj}, [A; B] = w_in, C = w_out
 
-Assignments are sorted by expert (a stable sort, so that the result is reproducible) and multiplied group by group.
-Nothing is dropped and no expert has a capacity. An index outside ``[0, E)`` means "no expert": it contributes zero and
-receives no gradient; such rows sort behind the last group.
+Assignments are sorted by expert (a stable sort, so that the result is reproducible) and multiplied group by
+group. Nothing is dropped and no expert has a capacity. An index outside ``[0, E)`` means "no expert": it
+contributes zero and receives no gradient; such rows sort behind the last group.
 
 Shapes: ``x (N, D)``; ``weights, experts (N, k)``; ``w_in (E, 2F, D)``; ``w_out (E, D, F)``; ``y (N, D)``.
 
-Three traps of ``grouped_mm`` are handled here and nowhere else: rows behind the last offset are uninitialised memory
-(they are masked), gradients may arrive expanded with stride 0 (they are made contiguous), and it serves only some
-types and devices (see :func:`_groups`). There is no host synchronisation on CUDA.
+Three traps of ``grouped_mm`` are handled here and nowhere else: rows behind the last offset are uninitialised
+memory (they are masked), gradients may arrive expanded with stride 0 (they are made contiguous), and it
+serves only some types and devices (see :func:`_serves`). There is no host synchronisation on CUDA.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ _ALIGN_BYTES = 16
 
 
 def _counts(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """``(order, ends)``: the stable order by expert and the end row of each expert's group, both on the device."""
+    """``(order, ends)``: the stable order by expert, the end row of each expert's group."""
     flat = experts.reshape(-1)
     flat = torch.where((flat >= 0) & (flat < num_experts), flat, num_experts)
     order = torch.argsort(flat, stable=True)
@@ -46,7 +47,7 @@ def _grouped_mm_serves(device: str, dtype: torch.dtype, capability: tuple[int, i
 
 
 def _serves(x: Tensor, *widths: int) -> bool:
-    """Whether ``grouped_mm`` multiplies these: bf16 on CUDA. On CPU the offsets are free to read: plain matmuls."""
+    """Whether ``grouped_mm`` multiplies these: bf16 on CUDA. On CPU reading the ends is free."""
     capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else None
     aligned = all(width * x.element_size() % _ALIGN_BYTES == 0 for width in widths)
     return aligned and _grouped_mm_serves(x.device.type, x.dtype, capability)
@@ -75,7 +76,7 @@ def _member(ends: Tensor, rows: int) -> Iterator[tuple[int, Tensor]]:
 
 
 def _times(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """``out[i] = rows[i] @ weight[group of i]``; rows behind the last group are zero. ``weight (E, a, b)``."""
+    """``out[i] = rows[i] @ weight[group of i]``; rows behind the last group are 0. ``weight (E, a, b)``."""
     if _serves(rows, weight.shape[1], weight.shape[2]):
         out = F.grouped_mm(rows, weight, offs=ends)
         return out.masked_fill(_behind(ends, rows.shape[0]), 0)
@@ -151,7 +152,7 @@ def moe_experts_backward_op(
     order: Tensor,
     ends: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(dx, dweights, dw_in, dw_out)``. The experts' outputs are not needed: ``dp = ⟨dy C_e, silu(a) ⊙ b⟩``."""
+    """``(dx, dweights, dw_in, dw_out)``. No expert's output is needed: ``dp = ⟨dy C_e, silu(a) ⊙ b⟩``."""
     tokens, k = weights.shape
     token = order // k
     inverse = _inverse(order)
@@ -193,14 +194,14 @@ def _(
     )
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     x, weights, _, w_in, w_out = inputs
     _, hidden, order, ends = output
     ctx.save_for_backward(x, weights, w_in, w_out, hidden, order, ends)
     ctx.mark_non_differentiable(hidden, order, ends)
 
 
-def _backward(ctx, dy, *_unused):  # type: ignore[no-untyped-def]
+def _backward(ctx: Any, dy: Tensor, *_unused: Any) -> Any:
     x, weights, w_in, w_out, hidden, order, ends = ctx.saved_tensors
     dx, dweights, dw_in, dw_out = moe_experts_backward_op(
         dy.contiguous(), x, weights, w_in, w_out, hidden, order, ends
@@ -221,7 +222,8 @@ def moe_experts(x: Tensor, weights: Tensor, experts: Tensor, w_in: Tensor, w_out
         w_in: ``(E, 2F, D)`` gate rows then up rows.
         w_out: ``(E, D, F)``.
 
-    Under autocast the tokens and the experts' matrices take the autocast type; the routing weights keep theirs.
+    Under autocast the tokens and the experts' matrices take the autocast type; the routing weights keep
+    theirs.
     """
     device = x.device.type
     if torch.is_autocast_enabled(device):

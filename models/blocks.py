@@ -1,7 +1,7 @@
 """The two mixers of a hybrid: a layer around any declared LSM, and causal softmax attention.
 
-Both have three forms that agree: ``forward(x)`` on whole sequences; ``prefill(x)``, which also returns the state after
-the last token; ``step(x_t, state)``, one token.
+Both have three forms that agree: ``forward(x)`` on whole sequences; ``prefill(x)``, which also returns the
+state after the last token; ``step(x_t, state)``, one token.
 """
 
 from __future__ import annotations
@@ -88,8 +88,9 @@ class ShortConvolution(nn.Module):
 class Input:
     """One input of the declaration, as the layer sees it.
 
-    ``role``: "key" (read or written vectors over K: q, k and the like), "value", "decay", "strength" (other scalars)
-    or "free" (any other vector). ``sign`` is what a decay's input must satisfy: -1, +1 or 0 (anything).
+    ``role``: "key" (read or written vectors over K: q, k and the like), "value", "decay", "strength" (other
+    scalars) or "free" (any other vector). ``sign`` is what a decay's input must satisfy: -1, +1 or 0
+    (anything).
     """
 
     name: str
@@ -109,8 +110,8 @@ def canonical_of(declaration: Any) -> Any:
 def _signs(decay: sympy.Expr, symbols: list[Any]) -> dict[str, int]:
     """The least that the inputs of a log decay must satisfy so that it never exceeds zero.
 
-    ``g`` gives ``g ≤ 0``; ``A · dt`` gives ``A ≤ 0 ≤ dt``; ``-exp(A) · softplus(dt)`` gives nothing. Signs are tried
-    from no restriction upwards, per-head inputs negative before per-token ones.
+    ``g`` gives ``g ≤ 0``; ``A · dt`` gives ``A ≤ 0 ≤ dt``; ``-exp(A) · softplus(dt)`` gives nothing. Signs
+    are tried from no restriction upwards, per-head inputs negative before per-token ones.
     """
     symbols = sorted(symbols, key=lambda s: (s.per != "head", s.name))
     assumptions = {0: {"real": True}, -1: {"nonpositive": True}, +1: {"nonnegative": True}}
@@ -155,10 +156,11 @@ def describe(declaration: Any) -> list[Input]:
 class LinearMixer(nn.Module):
     """A layer around a declared LSM.
 
-    One fused projection gives the per-token inputs, the gates and the output gate; q, k, v pass a short convolution.
-    What each input needs follows from the declaration alone:
+    One fused projection gives the per-token inputs, the gates and the output gate; q, k, v pass a short
+    convolution. What each input needs follows from the declaration alone:
 
-    - log decays: ``logsigmoid(x) / normaliser`` (or ``softplus`` where the declaration needs a sign, see ``_signs``);
+    - log decays: ``logsigmoid(x) / normaliser`` (or ``softplus`` where the declaration needs a sign, see
+      ``_signs``);
     - other scalars are write strengths: ``sigmoid(x)``;
     - vector gates are projected through rank ``gate_rank``;
     - keys have unit length where the declaration reads its memory, so that a correction contracts;
@@ -180,7 +182,7 @@ class LinearMixer(nn.Module):
         self.v_shape = (config.v_heads, config.v_dim)
         defaults = getattr(canonical, "defaults", {})
 
-        # The fused projection: what is convolved first, then scalar gates and low-rank gates, then the output gate.
+        # The fused projection: what is convolved, then scalar and low-rank gates, then the output gate.
         wide, scalars, low = {}, {}, {}
         self.constants = nn.ParameterDict()
         for i in self.inputs:
@@ -194,13 +196,22 @@ class LinearMixer(nn.Module):
                 low[i.name] = width
             else:
                 scalars[i.name] = width
-        self.splits = [sum(wide.values()), *scalars.values(), *(config.gate_rank for _ in low), math.prod(self.v_shape)]
+        self.splits = [
+            sum(wide.values()),
+            *scalars.values(),
+            *(config.gate_rank for _ in low),
+            math.prod(self.v_shape),
+        ]
         self.gate_names = [*scalars, *low]
         self.wide = wide
         self.project = nn.Linear(config.hidden, sum(self.splits), bias=False)
         self.expand = nn.ModuleDict({name: nn.Linear(config.gate_rank, width) for name, width in low.items()})
-        self.scalar_bias = nn.ParameterDict({name: nn.Parameter(torch.zeros(w)) for name, w in scalars.items()})
-        self.convolution = ShortConvolution(self.splits[0], config.convolution) if config.convolution else None
+        self.scalar_bias = nn.ParameterDict(
+            {name: nn.Parameter(torch.zeros(w)) for name, w in scalars.items()}
+        )
+        self.convolution = (
+            ShortConvolution(self.splits[0], config.convolution) if config.convolution else None
+        )
         self.norm = RMSNorm(config.v_dim, eps=config.norm_eps)
         self.out = nn.Linear(math.prod(self.v_shape), config.hidden, bias=False)
 
@@ -254,7 +265,9 @@ class LinearMixer(nn.Module):
     def prefill(self, x: Tensor, state: MemoryState | None = None) -> tuple[Tensor, MemoryState]:
         convolution, memory = state if state is not None else (None, None)
         values, gate, tail = self._inputs(x, convolution, advance=True)
-        o, memory = self.declaration(**values, scale=self.scale, initial_state=memory, return_final_state=True)
+        o, memory = self.declaration(
+            **values, scale=self.scale, initial_state=memory, return_final_state=True
+        )
         return self._finish(o, gate), MemoryState(tail, memory)
 
     def step(self, x: Tensor, state: MemoryState) -> tuple[Tensor, MemoryState]:

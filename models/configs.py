@@ -1,7 +1,7 @@
 """Sizes of the hybrid models, by name.
 
-``config("a0.3b-2b", lsm="gla", pattern="LLLNLLLNLLLN")`` gives a :class:`ModelConfig`; any field may be overridden.
-The two large ones are those of Linear-MoE (arXiv 2503.05447, Table 2).
+``config("a0.3b-2b", lsm="gla", pattern="LLLNLLLNLLLN")`` gives a :class:`ModelConfig`; any field may be
+overridden. The two large ones are those of Linear-MoE (arXiv 2503.05447, Table 2).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class MoeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A stack of blocks. ``pattern`` has one letter a layer: 'L' an LSM layer, 'N' causal softmax attention."""
+    """A stack of blocks. ``pattern`` has a letter a layer: 'L' an LSM layer, 'N' causal softmax attention."""
 
     lsm: Any = "gla"
     """A name in the zoo, ``FILE.py:NAME``, or a declaration itself."""
@@ -66,11 +66,17 @@ class ModelConfig:
             if not condition:
                 raise LsmConfigError(f"ModelConfig.{field} = {getattr(self, field, '')!r}: {rule}")
 
-        need(bool(self.pattern) and set(self.pattern) <= {"L", "N"}, "pattern", "one letter L or N for each layer")
+        need(
+            bool(self.pattern) and set(self.pattern) <= {"L", "N"},
+            "pattern",
+            "one letter L or N for each layer",
+        )
         for field in ("hidden", "heads", "vocabulary", "gate_rank"):
             need(getattr(self, field) > 0, field, "must be positive")
         need(self.gate_normaliser > 0, "gate_normaliser", "must be positive")
-        need(self.head_dim > 0 or self.hidden % self.heads == 0, "heads", f"must divide hidden = {self.hidden}")
+        need(
+            self.head_dim > 0 or self.hidden % self.heads == 0, "heads", f"must divide hidden = {self.hidden}"
+        )
         need(self.value_heads % self.heads == 0, "value_heads", f"must be a multiple of heads = {self.heads}")
         need(self.convolution >= 0, "convolution", "must not be negative")
         need("N" not in self.pattern or self.k_dim % 2 == 0, "head_dim", "must be even: RoPE rotates pairs")

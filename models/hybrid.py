@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +59,8 @@ class HybridMoE(nn.Module):
 
     - ``model(tokens)``: logits ``(B, T, vocabulary)``;
     - ``model(tokens, targets)``: :class:`Losses`;
-    - ``logits, state = model.prefill(tokens)`` and ``logits, state = model.step(token, state)``: decoding, with memory
-      constant in the length for 'L' layers.
+    - ``logits, state = model.prefill(tokens)`` and ``logits, state = model.step(token, state)``: decoding,
+      with memory constant in the length for 'L' layers.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -78,29 +78,33 @@ class HybridMoE(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=std)
-                if getattr(module, "bias", None) is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, ShortConvolution):
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+            if isinstance(module, ShortConvolution):
                 module.initialise()
-        for block in self.blocks:
+        for block in self._layers:
             nn.init.normal_(block.mixer.out.weight, std=std / math.sqrt(2 * depth))
             block.experts.initialise(std, depth)
             if block.experts.shared is not None:
                 nn.init.normal_(block.experts.shared.w_out.weight, std=std / math.sqrt(2 * depth))
 
+    @property
+    def _layers(self) -> list[Block]:
+        return cast(list[Block], list(self.blocks))
+
     def parameter_counts(self) -> tuple[int, int]:
-        """``(all, active without embeddings)``: a token uses ``top_k`` of the experts; embedding and head left out."""
+        """``(all, active without embeddings)``: a token uses ``top_k`` of the experts."""
         total = sum(p.numel() for p in self.parameters())
         embeddings = self.embedding.weight.numel() + self.head.weight.numel()
         moe = self.config.moe
-        experts = sum(b.experts.w_in.numel() + b.experts.w_out.numel() for b in self.blocks)
+        experts = sum(b.experts.w_in.numel() + b.experts.w_out.numel() for b in self._layers)
         return total, total - embeddings - experts + experts * moe.top_k // moe.experts
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor | Losses:
         """``tokens, targets (B, T)`` int64."""
         x = self.embedding(tokens)
         statistics: list[RouterStatistics] = []
-        for block in self.blocks:
+        for block in self._layers:
             if self.config.activation_checkpointing and torch.is_grad_enabled():
                 x, s = checkpoint(block, x, use_reentrant=False)
             else:
@@ -121,7 +125,7 @@ class HybridMoE(nn.Module):
         """Logits ``(B, T, vocabulary)`` of ``tokens (B, T)``, T ≥ 1, and the state after them."""
         x = self.embedding(tokens)
         states = []
-        for block, before in zip(self.blocks, state or [None] * len(self.blocks)):
+        for block, before in zip(self._layers, state or [None] * len(self.blocks)):
             x, after = block.prefill(x, before)
             states.append(after)
         return self.head(self.norm(x)), states
@@ -130,7 +134,7 @@ class HybridMoE(nn.Module):
         """Logits ``(B, vocabulary)`` after one more ``token (B,)``."""
         x = self.embedding(token)
         states = []
-        for block, before in zip(self.blocks, state):
+        for block, before in zip(self._layers, state):
             x, after = block.step(x, before)
             states.append(after)
         return self.head(self.norm(x)), states

@@ -40,8 +40,8 @@ class SwiGLU(nn.Module):
 class MixtureOfExperts(nn.Module):
     """``y = Σ_{e in top k} p_e · expert_e(x)`` with ``p = softmax(x W)`` over all experts.
 
-    The chosen probabilities are used as they are; with ``renormalise`` they are divided by their sum. Routing is
-    computed in float32. Losses are returned without their coefficients:
+    The chosen probabilities are used as they are; with ``renormalise`` they are divided by their sum. Routing
+    is computed in float32. Losses are returned without their coefficients:
 
     - balance: ``E Σ_e load_e · mean(p_e)`` (Switch Transformer, eq. 4), 1 when balanced;
     - z: ``mean(logsumexp(x W)²)`` (ST-MoE, eq. 5).

@@ -1,8 +1,8 @@
 """Checkpoints: a folder ``step-00000123`` of safetensors and JSON that is either complete or absent.
 
-Everything is written into a temporary folder beside it, flushed to disk, and renamed. ``model.safetensors`` holds the
-parameters under their names, ``training.safetensors`` the optimizer's moments and the generators' states, and
-``state.json`` the step, the run's configuration and the sha256 of both files.
+Everything is written into a temporary folder beside it, flushed to disk, and renamed. ``model.safetensors``
+holds the parameters under their names, ``training.safetensors`` the optimizer's moments and the generators'
+states, and ``state.json`` the step, the run's configuration and the sha256 of both files.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: 
             _, key, parameter = name.split(".", 2)
             target = parameters[parameter]
             # A step count of an unfused optimizer stays on the host; moments live with their parameter.
-            optimizer.state[target][key] = tensor.clone() if tensor.ndim == 0 else tensor.to(target.device).clone()
+            optimizer.state[target][key] = (
+                tensor.clone() if tensor.ndim == 0 else tensor.to(target.device).clone()
+            )
 
 
 def generator_tensors() -> dict[str, Tensor]:
@@ -149,7 +151,9 @@ def read_state(path: Path) -> State:
     except (OSError, ValueError) as error:
         raise LsmCheckpointError(f"{path / 'state.json'}: {error}") from error
     if record.get("format") != FORMAT:
-        raise LsmCheckpointError(f"{path / 'state.json'}: format {record.get('format')!r}, this reads {FORMAT}")
+        raise LsmCheckpointError(
+            f"{path / 'state.json'}: format {record.get('format')!r}, this reads {FORMAT}"
+        )
     fields = [field.name for field in dataclasses.fields(State)]
     missing = [field for field in fields if field not in record]
     if missing:
@@ -177,7 +181,8 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None =
     for name, tensor in tensors.items():
         if tensor.shape != own[name].shape:
             raise LsmCheckpointError(
-                f"{path / _FILES[0]}: {name} is {tuple(tensor.shape)}, the model's is {tuple(own[name].shape)}"
+                f"{path / _FILES[0]}: {name} is {tuple(tensor.shape)}, "
+                f"the model's is {tuple(own[name].shape)}"
             )
     model.load_state_dict(tensors)
     if optimizer is not None:

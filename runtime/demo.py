@@ -1,4 +1,4 @@
-"""The main job in a few minutes on two cores: compile a method, train a hybrid on real text, write a report."""
+"""The main job in minutes on two cores: compile a method, train a hybrid on real text, write a report."""
 
 from __future__ import annotations
 
@@ -85,12 +85,14 @@ def demo(config: DemoConfig) -> Path:
     text = PROMPT + ByteTokenizer().decode(tokens)
     console.print(text, markup=False)
 
-    report = write_report(config.out, text, stages, title=f"lsmc demo: a {config.lsm} hybrid on Shakespeare and Milton")
+    report = write_report(
+        config.out, text, stages, title=f"lsmc demo: a {config.lsm} hybrid on Shakespeare and Milton"
+    )
     console.rule("[bold]4. result", align="left")
     verdict = "reached" if result.held_out < TARGET else "missed"
     console.print(
-        f"held out: {result.held_out:.3f} bits/byte (target < {TARGET}: {verdict}) after {result.step} steps, "
-        f"{result.tokens_per_second:,.0f} tokens/s"
+        f"held out: {result.held_out:.3f} bits/byte (target < {TARGET}: {verdict}) "
+        f"after {result.step} steps, {result.tokens_per_second:,.0f} tokens/s"
     )
     console.print(f"report: {report}")
     console.print(f"checkpoint: {result.checkpoint}  (lsmc generate --run {config.out})")

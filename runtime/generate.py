@@ -62,7 +62,7 @@ def choose(logits: Tensor, temperature: float, top_k: int, generator: torch.Gene
 def sample(
     model: Any, prompt: Tensor, tokens: int, temperature: float = 1.0, top_k: int = 0, seed: int = 0
 ) -> Iterator[Tensor]:
-    """Yield ``tokens`` new tokens ``(B,)`` after ``prompt (B, T)``, T ≥ 1; ``model`` has ``prefill`` and ``step``."""
+    """Yield ``tokens`` new tokens ``(B,)`` after ``prompt (B, T)``, T ≥ 1."""
     generator = torch.Generator().manual_seed(seed)
     logits, state = model.prefill(prompt)
     logits = logits[:, -1]
@@ -82,7 +82,9 @@ def load_model(run: Path, device: torch.device) -> tuple[nn.Module, dict[str, An
         fields = dict(state.model)
         config = models.ModelConfig(**fields | {"moe": models.MoeConfig(**fields["moe"])})
     except (KeyError, TypeError) as error:
-        raise LsmCheckpointError(f"{path / 'state.json'}: its model configuration does not fit: {error}") from error
+        raise LsmCheckpointError(
+            f"{path / 'state.json'}: its model configuration does not fit: {error}"
+        ) from error
     model = models.HybridMoE(config)
     checkpoint.load(path, model)
     return model.to(device).eval(), state.config

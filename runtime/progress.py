@@ -33,7 +33,11 @@ class Progress:
     def __init__(self, steps: int, quiet: bool = False, interval: float = 10.0) -> None:
         self.steps, self.quiet, self.interval = steps, quiet, interval
         self.console = Console(quiet=quiet)
-        self.live = Live(console=self.console, refresh_per_second=4) if self.console.is_terminal and not quiet else None
+        self.live = (
+            Live(console=self.console, refresh_per_second=4)
+            if self.console.is_terminal and not quiet
+            else None
+        )
         self.held_out: tuple[int, float] | None = None
         self.printed = 0.0
 
@@ -73,7 +77,9 @@ class Progress:
         held_out = "–" if self.held_out is None else f"{self.held_out[1]:.3f} (step {self.held_out[0]})"
         table.add_row("tokens/s", f"{record['tokens_per_second']:,.0f}", "held out", held_out)
         table.add_row("elapsed", clock(record["elapsed"]), "left", clock(left))
-        table.add_row("learning rate", f"{record['lr']:.2e}", "gradient norm", f"{record['gradient_norm']:.2f}")
+        table.add_row(
+            "learning rate", f"{record['lr']:.2e}", "gradient norm", f"{record['gradient_norm']:.2f}"
+        )
         shown = record["load"][:8]
         load = Table.grid(padding=(0, 2))
         load.add_row("expert load", *(Text(bars(layer[:16]), style="cyan") for layer in shown))

@@ -18,21 +18,29 @@ from lsmc.runtime.errors import LsmCheckpointError
 from lsmc.runtime.progress import clock
 
 _STYLE = """
-:root { --ink: #1d2430; --dim: #667085; --line: #d7dce4; --card: #fff; --page: #f5f6f8; --a: #2563eb; --b: #dc6803; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e9ef; --dim: #98a2b3; --line: #344054; --card: #1b2230; --page: #111722; --a: #6ea8fe; --b: #f7a35c; }
-}
+:root { --ink: #1d2430; --dim: #667085; --line: #d7dce4; --card: #fff; --page: #f5f6f8;
+  --a: #2563eb; --b: #dc6803; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --dim: #98a2b3; --line: #344054;
+  --card: #1b2230; --page: #111722; --a: #6ea8fe; --b: #f7a35c; } }
 body { font: 15px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--page); margin: 0; }
 main { max-width: 920px; margin: 0 auto; padding: 24px 16px 64px; }
-h1 { font-size: 24px; margin: 8px 0 2px; } h2 { font-size: 17px; margin: 0 0 8px; } p.sub { color: var(--dim); margin: 0 0 18px; }
-section { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 16px 18px; margin: 14px 0; }
+h1 { font-size: 24px; margin: 8px 0 2px; }
+h2 { font-size: 17px; margin: 0 0 8px; }
+p.sub { color: var(--dim); margin: 0 0 18px; }
+section { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
+  padding: 16px 18px; margin: 14px 0; }
 .facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(130px, 1fr)); gap: 12px; }
-.facts b { display: block; font-size: 20px; } .facts span { color: var(--dim); font-size: 13px; }
-svg { width: 100%; height: auto; display: block; } svg text { font: 11px system-ui, sans-serif; fill: var(--dim); }
-.grid { stroke: var(--line); stroke-width: 1; } .line { fill: none; stroke-width: 1.8; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, monospace; margin: 0; max-height: 460px; overflow: auto; }
-table { border-collapse: collapse; font-size: 13px; } td, th { text-align: left; padding: 2px 14px 2px 0; vertical-align: top; }
-.key { color: var(--dim); font-size: 13px; } summary { cursor: pointer; }
+.facts b { display: block; font-size: 20px; }
+.facts span, .key { color: var(--dim); font-size: 13px; }
+svg { width: 100%; height: auto; display: block; }
+svg text { font: 11px system-ui, sans-serif; fill: var(--dim); }
+.grid { stroke: var(--line); stroke-width: 1; }
+.line { fill: none; stroke-width: 1.8; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, monospace; margin: 0;
+  max-height: 460px; overflow: auto; }
+table { border-collapse: collapse; font-size: 13px; }
+td, th { text-align: left; padding: 2px 14px 2px 0; vertical-align: top; }
+summary { cursor: pointer; }
 """
 
 
@@ -82,17 +90,24 @@ def plot(series: Iterable[Series], x_label: str, y_label: str, from_zero: bool =
     def py(y: float) -> float:
         return height - bottom - (y - y0) / (y1 - y0) * (height - bottom - top)
 
-    out = [f"<svg viewBox='0 0 {width} {height}' role='img' aria-label='{html.escape(y_label)} by {html.escape(x_label)}'>"]
+    name = html.escape(f"{y_label} by {x_label}")
+    out = [f"<svg viewBox='0 0 {width} {height}' role='img' aria-label='{name}'>"]
     for y in ticks(y0, y1):
         out.append(f"<line class='grid' x1='{left}' x2='{width - right}' y1='{py(y):.1f}' y2='{py(y):.1f}'/>")
         out.append(f"<text x='{left - 6}' y='{py(y) + 4:.1f}' text-anchor='end'>{_label(y)}</text>")
     for x in ticks(x0, x1, 8):
-        out.append(f"<text x='{px(x):.1f}' y='{height - bottom + 16}' text-anchor='middle'>{_label(x)}</text>")
-    out.append(f"<text x='{(left + width - right) / 2}' y='{height - 4}' text-anchor='middle'>{html.escape(x_label)}</text>")
+        out.append(
+            f"<text x='{px(x):.1f}' y='{height - bottom + 16}' text-anchor='middle'>{_label(x)}</text>"
+        )
+    middle = (left + width - right) / 2
+    out.append(f"<text x='{middle}' y='{height - 4}' text-anchor='middle'>{html.escape(x_label)}</text>")
     for s in series:
         if s.marks:
             for x, y in s.points:
-                out.append(f"<circle cx='{px(x):.1f}' cy='{py(y):.1f}' r='3.5' fill='{s.colour}'><title>{y:.3f}</title></circle>")
+                out.append(
+                    f"<circle cx='{px(x):.1f}' cy='{py(y):.1f}' r='3.5' fill='{s.colour}'>"
+                    f"<title>{y:.3f}</title></circle>"
+                )
         else:
             path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in s.points)
             out.append(f"<polyline class='line' stroke='{s.colour}' points='{path}'/>")
@@ -115,12 +130,14 @@ def heat(load: Sequence[Sequence[float]]) -> str:
             x = left + column * cell
             strength = min(1.0, share * experts / 2)
             out.append(
-                f"<rect x='{x:.1f}' y='{y + 2}' width='{cell - 2:.1f}' height='{height - 4}' rx='3' fill='#2563eb' "
-                f"fill-opacity='{0.06 + 0.9 * strength:.2f}' stroke='#98a2b3' stroke-opacity='0.4'>"
+                f"<rect x='{x:.1f}' y='{y + 2}' width='{cell - 2:.1f}' height='{height - 4}' rx='3' "
+                f"fill='#2563eb' fill-opacity='{0.06 + 0.9 * strength:.2f}' stroke='#98a2b3' stroke-opacity='0.4'>"
                 f"<title>layer {row}, expert {column}: {share:.1%}</title></rect>"
             )
             if cell >= 36:
-                out.append(f"<text x='{x + cell / 2 - 1:.1f}' y='{y + 17}' text-anchor='middle'>{share:.0%}</text>")
+                out.append(
+                    f"<text x='{x + cell / 2 - 1:.1f}' y='{y + 17}' text-anchor='middle'>{share:.0%}</text>"
+                )
     return "".join(out) + "</svg>"
 
 
@@ -208,10 +225,13 @@ def render(
         parts.append(f"<section><h2>How the method was compiled</h2>{inner}</section>")
     flat = {f"{k}.{n}": m for k, v in settings.items() if isinstance(v, dict) for n, m in v.items()}
     flat = {k: v for k, v in settings.items() if not isinstance(v, dict)} | flat
-    machine = [("torch", torch.__version__), ("python", platform.python_version()), ("machine", platform.machine())]
-    parts.append(
-        f"<section><details><summary>Settings</summary><table>{_rows([*flat.items(), *machine])}</table></details></section>"
-    )
+    machine = [
+        ("torch", torch.__version__),
+        ("python", platform.python_version()),
+        ("machine", platform.machine()),
+    ]
+    rows = _rows([*flat.items(), *machine])
+    parts.append(f"<section><details><summary>Settings</summary><table>{rows}</table></details></section>")
     parts.append("</main></body></html>")
     return "".join(parts)
 
@@ -233,7 +253,10 @@ def write_report(
     state = read_state(latest(out))
     settings = dict(state.config)
     if state.model:
-        settings |= {"model_config": {k: v for k, v in state.model.items() if k != "moe"}, "moe": state.model["moe"]}
+        settings |= {
+            "model_config": {k: v for k, v in state.model.items() if k != "moe"},
+            "moe": state.model["moe"],
+        }
         settings["pattern"] = state.model.get("pattern", "")
     path = out / "report.html"
     path.write_text(render(read_metrics(out), settings, sample, stages, title))

@@ -1,8 +1,8 @@
 """Training: AdamW, warm-up, cosine; a run that stops anywhere goes on bit for bit.
 
-A step is a pure function of (parameters, optimizer state, generator states, step number): data order comes from the
-step number, the learning rate from the step number, and all the rest is in the checkpoint. The one exception is stated
-where it is made: with ``max_seconds`` the schedule also follows the clock.
+A step is a pure function of (parameters, optimizer state, generator states, step number): data order comes
+from the step number, the learning rate from the step number, and all the rest is in the checkpoint. The one
+exception is stated where it is made: with ``max_seconds`` the schedule also follows the clock.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class TrainConfig:
     """Micro-batches a step."""
     steps: int = 500
     max_seconds: float = 0.0
-    """Stop after so many seconds of training and let the schedule follow the clock too (0: steps alone decide, and
-    the run is reproducible)."""
+    """Stop after so many seconds of training and let the schedule follow the clock too (0: steps alone
+    decide, and the run is reproducible)."""
 
     lr: float = 4e-3
     min_lr: float = 0.05
@@ -103,9 +103,26 @@ class TrainConfig:
             if not condition:
                 raise LsmConfigError(f"TrainConfig.{name} = {getattr(self, name)!r}: {rule}")
 
-        for name in ("batch", "length", "accumulate", "steps", "keep", "log_every", "eval_every", "checkpoint_every"):
+        for name in (
+            "batch",
+            "length",
+            "accumulate",
+            "steps",
+            "keep",
+            "log_every",
+            "eval_every",
+            "checkpoint_every",
+        ):
             need(getattr(self, name) >= 1, name, "must be at least 1")
-        for name in ("warmup", "weight_decay", "clip", "max_seconds", "eval_tokens", "final_eval_tokens", "seed"):
+        for name in (
+            "warmup",
+            "weight_decay",
+            "clip",
+            "max_seconds",
+            "eval_tokens",
+            "final_eval_tokens",
+            "seed",
+        ):
             need(getattr(self, name) >= 0, name, "must not be negative")
         need(self.lr > 0, "lr", "must be positive")
         need(0 <= self.min_lr <= 1, "min_lr", "is a share of lr, between 0 and 1")
@@ -115,7 +132,18 @@ class TrainConfig:
 
 # Changing one of these makes another run; anything else may change between a stop and a resume.
 _BINDING = (
-    *("model", "lsm", "pattern", "balance_loss", "z_loss", "renormalise", "data", "batch", "length", "accumulate"),
+    *(
+        "model",
+        "lsm",
+        "pattern",
+        "balance_loss",
+        "z_loss",
+        "renormalise",
+        "data",
+        "batch",
+        "length",
+        "accumulate",
+    ),
     *("lr", "min_lr", "warmup", "weight_decay", "beta1", "beta2", "clip", "seed", "autocast"),
 )
 
@@ -136,7 +164,8 @@ class TrainResult:
 
 
 def learning_rate(config: TrainConfig, step: int, elapsed: float = 0.0) -> float:
-    """Linear warm-up to ``lr``, then half a cosine down to ``min_lr · lr`` at ``steps`` (or ``max_seconds``)."""
+    """Linear warm-up to ``lr``, then half a cosine down to ``min_lr · lr`` at ``steps`` (or
+    ``max_seconds``)."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     done = (step - config.warmup) / max(1, config.steps - config.warmup)
@@ -148,7 +177,8 @@ def learning_rate(config: TrainConfig, step: int, elapsed: float = 0.0) -> float
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices decay; embeddings, convolutions, norms, biases and constants do not."""
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     for parameter in model.parameters():
         # Experts are stacks of matrices.
@@ -220,7 +250,8 @@ def _interruptible() -> Iterator[threading.Event]:
 
 
 def _tune_allocator() -> None:
-    """Let glibc keep freed blocks: activations of equal sizes come back each step, and mapping them anew is slow."""
+    """Let glibc keep freed blocks: activations of equal sizes come back each step, and mapping them anew is
+    slow."""
     import ctypes
 
     with contextlib.suppress(OSError, AttributeError):
@@ -276,7 +307,9 @@ class Trainer:
                     "help: resume with the same setting, or start another run with another --out"
                 )
         if state.data != self.corpus.fingerprint:
-            raise LsmCheckpointError(f"{path}: the text is not the one of this run ({self.corpus.description})")
+            raise LsmCheckpointError(
+                f"{path}: the text is not the one of this run ({self.corpus.description})"
+            )
         checkpoint.load(path, self.model, self.optimizer)
         self.step, self.elapsed = state.step, state.elapsed
         if self.metrics.exists():
@@ -347,7 +380,7 @@ class Trainer:
                     nll = losses.nll.item()
                     if not math.isfinite(nll):
                         raise LsmTrainingError(
-                            f"step {self.step}: the loss is {nll}\nhelp: a smaller --lr, a longer --warmup, or --clip"
+                            f"step {self.step}: the loss is {nll}\nhelp: a smaller --lr or a longer --warmup"
                         )
                     now = time.perf_counter()
                     rate = (self.step - last_step) * tokens_a_step / max(1e-9, now - last_time)
@@ -384,7 +417,12 @@ class Trainer:
             else:
                 held_out = self.evaluate(config.final_eval_tokens)
                 self._write(
-                    {"step": self.step, "elapsed": round(self.elapsed, 3), "held_out": held_out, "final": True}
+                    {
+                        "step": self.step,
+                        "elapsed": round(self.elapsed, 3),
+                        "held_out": held_out,
+                        "final": True,
+                    }
                 )
                 progress.evaluated(self.step, held_out)
         seconds = self.elapsed - before
@@ -401,7 +439,8 @@ class Trainer:
 
 
 def train(config: TrainConfig, model: nn.Module | None = None, quiet: bool = False) -> TrainResult:
-    """Run (or resume) what ``config`` describes; writes metrics, checkpoints and ``report.html`` into ``config.out``.
+    """Run (or resume) what ``config`` describes; metrics, checkpoints and ``report.html`` go into
+    ``config.out``.
 
     ``model`` takes the place of the configured one: anything with the protocol of ``HybridMoE``.
     """
@@ -412,7 +451,8 @@ def train(config: TrainConfig, model: nn.Module | None = None, quiet: bool = Fal
             (out / "metrics.jsonl").unlink(missing_ok=True)
         elif not config.resume:
             raise LsmConfigError(
-                f"TrainConfig.out = {str(out)!r} already holds a run\nhelp: --resume it, --overwrite it, or another --out"
+                f"TrainConfig.out = {str(out)!r} already holds a run\n"
+                "help: --resume it, --overwrite it, or another --out"
             )
     if config.resume:
         checkpoint.latest(out)  # fails before any text is read
@@ -427,7 +467,8 @@ def train(config: TrainConfig, model: nn.Module | None = None, quiet: bool = Fal
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(to_json(config), indent=1))
     with Progress(config.steps, quiet=quiet) as progress:
-        progress.note(f"{corpus.description}: {len(corpus.train):,} tokens, {len(corpus.held_out):,} held out")
+        progress.note(corpus.description)
+        progress.note(f"{len(corpus.train):,} tokens, {len(corpus.held_out):,} held out")
         result = trainer.run(progress)
     from lsmc.runtime.report import write_report
 
