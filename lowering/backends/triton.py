@@ -1,0 +1,168 @@
+"""The Triton backend: a program under a schedule, compiled when first launched, on CUDA tensors (or interpreted)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from inspect import getsource
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lsmc.ir import Dims, Program
+from lsmc.lowering import kernels
+from lsmc.lowering.backends import triton_tiles
+from lsmc.lowering.backends.triton_emit import Emitted, emit
+from lsmc.schedules import Schedule
+
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+class Compiled:
+    """The Triton form of one program under one schedule: printable source and a launch on tensors."""
+
+    def __init__(self, program: Program, schedule: Schedule) -> None:
+        self.program, self.schedule = program, schedule
+        self.source, self.kernels = emit(program, schedule)
+        self.hash = kernels.digest(self.source + getsource(triton_tiles))
+
+    @cached_property
+    def functions(self) -> dict[str, Any]:
+        module = kernels.load(self.source)
+        return {k.name: getattr(module, k.name) for k in self.kernels}
+
+    def launch(self, inputs: Mapping[str, Tensor], memories: Mapping[str, Tensor | None], chunk: int,
+               cu_seqlens: Tensor | None = None, dtypes: Mapping[str, torch.dtype] | None = None,
+               ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Token outputs (B, T, HV, D) or (B, T, HV), per-head outputs (HV, D) or (HV,), and the last value of every carry.
+
+        inputs: (B, T, H or HV, D) or (B, T, HV) tokens and (HV,) or (HV, D) constants; memories: float32 (N, HV, K, V) where
+        each carry starts (reversed ones at the end of time), None for zeros; dtypes: of outputs, where not the inputs'.
+        """
+        run = _Launch(self, inputs, memories, chunk, cu_seqlens, dtypes or {})
+        for k in self.kernels:
+            run.kernel(k)
+        return run.finish()
+
+
+class _Launch:
+    """One launch: sizes, buffers and arguments."""
+
+    def __init__(self, compiled: Compiled, inputs: Mapping[str, Tensor], memories: Mapping[str, Tensor | None], chunk: int,
+                 cu_seqlens: Tensor | None, dtypes: Mapping[str, torch.dtype]) -> None:
+        self.compiled, self.program, self.memories = compiled, compiled.program, memories
+        self.chunk, self.dtypes = chunk, dtypes
+        self.size: dict[str, int] = {"1": 1}
+        self.inputs: dict[str, Tensor] = {}
+        self.heads, tokens = 1, None
+        for op in self.program.inputs("token", "head"):
+            x = inputs[op.attr("name")]
+            if op.dims[1] != "1":
+                x = x if x.stride(-1) == 1 else x.contiguous()
+                self.size[op.dims[1]] = x.shape[-1]
+            self.inputs[op.attr("name")] = x
+            token = op.attr("role") == "token"
+            self.heads = max(self.heads, x.shape[2] if token else x.shape[0])
+            if token and (tokens is None or op.dims[1] != "1" and tokens.ndim < 4):
+                tokens = x
+        assert tokens is not None
+        for m, c in ((memories.get(c.name), c) for c in self.program.carries):
+            if m is not None:
+                self.heads = m.shape[1]
+        self.batch, self.tokens = tokens.shape[:2]
+        self.like, self.device = tokens, tokens.device
+        self.type = _TYPES[tokens.dtype]
+        self.packed = cu_seqlens is not None
+        self.per_sequence = (self.tokens + chunk - 1) // chunk
+        if cu_seqlens is None:
+            self.sequences, self.chunks = self.batch, self.batch * self.per_sequence
+            self.cu = self.first = self.owner = tokens
+        else:
+            self._pack(cu_seqlens)
+        self.saved: dict[str, Tensor] = {}
+        self.outputs: dict[str, Tensor] = {}
+        self.ends: dict[str, Tensor] = {}
+
+    def _pack(self, cu_seqlens: Tensor) -> None:
+        """Tables of the chunks of packed sequences, made on the device: nothing waits for it."""
+        self.sequences = cu_seqlens.shape[0] - 1
+        self.chunks = self.tokens // self.chunk + self.sequences
+        counts = (cu_seqlens.diff() + self.chunk - 1) // self.chunk
+        ends = counts.cumsum(0)
+        chunks = torch.arange(self.chunks, device=self.device)
+        owner = torch.searchsorted(ends, chunks.to(ends.dtype), right=True)
+        self.owner = torch.where(owner < self.sequences, owner, -1).to(torch.int32)
+        self.cu, self.first = cu_seqlens.contiguous(), ends - counts
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def kernel(self, k: Emitted) -> None:
+        args: dict[str, Any] = {}
+        for op in k.inputs:
+            name = op.attr("name")
+            x = args[f"p_{name}"] = self.inputs[name]
+            if op.attr("role") == "token":
+                args |= {f"{name}_b": x.stride(0), f"{name}_t": x.stride(1), f"{name}_h": x.stride(2),
+                         f"{name}_g": self.heads // x.shape[2]}
+            else:
+                args[f"{name}_h"] = x.stride(0)
+        for name, op in k.stores:
+            args[f"o_{name}"] = self.outputs[name] = self._output(name, op.dims)
+        for c in k.carries:
+            r, v = (self.size[d] for d in self.program.index[c.inp].dims)
+            m = self.memories.get(c.name)
+            self.ends[c.name] = self.empty((self.sequences, self.heads, r, v), torch.float32)
+            args |= {f"i_{c.name}": self.like if m is None else m.contiguous(), f"e_{c.name}": self.ends[c.name],
+                     f"HAS_{c.name}": m is not None}
+            if c.name in k.kernel.saves:
+                args[f"s_{c.name}"] = self.saved[c.name] = self.empty((self.chunks, self.heads, r, v), torch.float32)
+        for c in k.loads:
+            args[f"s_{c.name}"] = self.saved[c.name]
+        plan = plan_of(k, self.size.get("K", 1), self.size.get("V", 1), self.sequences * self.heads)
+        blocks = 1
+        if k.split:
+            blocks = triton.cdiv(self.size[k.split], plan["BK" if k.split == "K" else "BV"])
+        units = self.sequences if k.scan else self.chunks
+        args |= {"cu": self.cu, "first": self.first, "owner": self.owner, "T": self.tokens, "HV": self.heads,
+                 "COUNT": self.per_sequence, "C": self.chunk, "LEVELS": self.chunk.bit_length() - 1,
+                 "K": self.size.get("K", 1), "V": self.size.get("V", 1), "PACKED": self.packed, "DT": self.type, **plan}
+        if units * self.heads * blocks:
+            function = self.compiled.functions[k.name]
+            if self.device.type == "cuda":
+                function = torch.library.wrap_triton(function)
+            function[(units * self.heads * blocks,)](**args)
+
+    def _output(self, name: str, dims: Dims) -> Tensor:
+        source = self.inputs.get(name[2:]) if name.startswith("d_") else None
+        last = (self.size[dims[1]],) if dims[1] != "1" else ()
+        if dims[0] != "T":
+            make = torch.zeros if self.packed else torch.empty
+            return make((self.chunks, self.heads, *last), dtype=torch.float32, device=self.device)
+        dtype = self.dtypes.get(name, self.like.dtype if source is None else source.dtype)
+        if source is not None and source.shape[2] != self.heads:
+            dtype = torch.float32
+        return self.empty((self.batch, self.tokens, self.heads, *last), dtype)
+
+    def finish(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Sums over what kernels left apart: value heads that share a query/key head, and chunks of per-head gradients."""
+        for name, x in self.outputs.items():
+            source = self.inputs.get(name[2:]) if name.startswith("d_") else None
+            if source is not None and x.ndim > 2 and source.ndim > 2 and source.shape[2] != x.shape[2]:
+                x = x.unflatten(2, (source.shape[2], -1)).sum(3).to(source.dtype)
+            elif source is not None and source.shape[0] == self.heads and x.shape[1:] == source.shape:
+                x = x.sum(0).to(source.dtype)
+            self.outputs[name] = x
+        return self.outputs, self.ends
+
+
+def plan_of(k: Emitted, key: int, value: int, sequences: int) -> dict[str, int]:
+    """Block sizes, warps and pipeline stages of one launch."""
+    size = {"K": max(16, triton.next_power_of_2(key)), "V": max(16, triton.next_power_of_2(value))}
+    if k.split:
+        size[k.split] = min(size[k.split], 64)
+    warps = 8 if max(size.values()) > 64 else 4
+    return {"BK": size["K"], "BV": size["V"], "num_warps": warps, "num_stages": 1 if k.products or not k.scan else 2}

@@ -1,0 +1,243 @@
+"""Tile operations of the IR in Triton: what the generated kernels call.
+
+Tiles are 2-d float32 tensors of shape (C or 1, D or 1). `DT` is the type of the matrix units' operands, that of the
+inputs: float32 is computed exactly (`ieee`), 16-bit types are rounded at the operands and summed in float32.
+
+The decay form works by halving (levels b = 1, 2, … with blocks of s = 2^b rows): in a block, a pair of i in the upper and
+j in the lower half factors through the boundary between the halves. `reach` is the 0/1 matrix whose product with g is, for
+an upper row i, the sum from the boundary up to i and, for a lower row j, the sum from behind j to the boundary: both are
+sums of log decays, never differences, so that no factor exceeds 1. Its transpose carries the gradient back to g.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def dot(a, b, DT: tl.constexpr):
+    """a @ b on the matrix units."""
+    if DT == tl.float32:
+        out = tl.dot(a, b, input_precision="ieee")
+    else:
+        out = tl.dot(a.to(DT), b.to(DT))
+    return out
+
+
+@triton.jit
+def exact_dot(a, b, DT: tl.constexpr):
+    """a @ b to nearly float32 precision."""
+    if DT == tl.float32:
+        out = tl.dot(a, b, input_precision="ieee")
+    else:
+        out = tl.dot(a, b, input_precision="tf32x3")
+    return out
+
+
+@triton.jit
+def select_dot(m, x, DT: tl.constexpr):
+    """M @ x for a mask M (0/1 exactly): x in two pieces keeps 16 bits of each summand."""
+    if DT == tl.bfloat16:
+        high = x.to(tl.bfloat16)
+        low = (x - high.to(tl.float32)).to(tl.bfloat16)
+        one = m.to(tl.bfloat16)
+        out = tl.dot(one, low)
+        out = tl.dot(one, high, out)
+    else:
+        out = exact_dot(m.to(tl.float32), x, DT)
+    return out
+
+
+@triton.jit
+def keep(x, mask, ON: tl.constexpr):
+    """x where the mask holds, if the extent needs padding at all."""
+    if ON:
+        x = tl.where(mask, x, 0.0)
+    return x
+
+
+@triton.jit
+def cumsum(x, REVERSE: tl.constexpr, EXCLUSIVE: tl.constexpr):
+    """Running sum over the rows."""
+    y = tl.cumsum(x, axis=0, reverse=REVERSE)
+    if EXCLUSIVE:
+        y = y - x
+    return y
+
+
+@triton.jit
+def lower(x, STRICT: tl.constexpr):
+    """The (strictly) lower triangle of a square tile."""
+    i = tl.arange(0, x.shape[0])[:, None]
+    j = tl.arange(0, x.shape[0])[None, :]
+    if STRICT:
+        m = j < i
+    else:
+        m = j <= i
+    return tl.where(m, x, 0.0)
+
+
+@triton.jit
+def between(g, STRICT: tl.constexpr, BEFORE: tl.constexpr, DT: tl.constexpr):
+    """exp(sum of g over (j, i]) for j < i (j <= i unless strict), else 0; (j, i) when `before`."""
+    i = tl.arange(0, g.shape[0])[:, None]
+    j = tl.arange(0, g.shape[0])[None, :]
+    if DT == tl.float32:  # sums of up to 64 terms without a difference
+        s = tl.cumsum(tl.where(j < i, tl.broadcast_to(g, [g.shape[0], g.shape[0]]), 0.0), axis=0)
+        if BEFORE:
+            s = s - tl.where(j < i, g, 0.0)
+    else:
+        total = tl.cumsum(g, axis=0)
+        s = total - tl.trans(total)
+        if BEFORE:
+            s = tl.where(j < i, s - g, 0.0)
+    if STRICT:
+        m = j < i
+    else:
+        m = j <= i
+    return tl.exp(tl.where(m, tl.minimum(s, 0.0), -float("inf")))
+
+
+@triton.jit
+def between_grad(w, BEFORE: tl.constexpr, DT: tl.constexpr):
+    """dg_l = sum of W_ij over j < l <= i (l < i when `before`)."""
+    i = tl.arange(0, w.shape[0])[:, None]
+    j = tl.arange(0, w.shape[0])[None, :]
+    if BEFORE:
+        later = select_dot(j > i, w, DT)
+    else:
+        later = select_dot(j >= i, w, DT)
+    return tl.sum(tl.where(j < i, later, 0.0), axis=1, keep_dims=True)
+
+
+@triton.jit
+def pairs(b, C: tl.constexpr):
+    """Upper row i and lower column j of the same block of 2^b rows."""
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
+    return ((i >> b) == (j >> b)) & (((i >> (b - 1)) & 1) == 1) & (((j >> (b - 1)) & 1) == 0)
+
+
+@triton.jit
+def reach(b, C: tl.constexpr, BEFORE: tl.constexpr):
+    """Entry (i, l): the log decay of l is on the way from row i to the boundary of its block of 2^b rows."""
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
+    if BEFORE:
+        up = j < i
+    else:
+        up = j <= i
+    half = (i >> (b - 1)) == (j >> (b - 1))
+    upper = ((i >> (b - 1)) & 1) == 1
+    return half & ((upper & up) | ((((i >> (b - 1)) & 1) == 0) & (j > i)))
+
+
+@triton.jit
+def reached(b, C: tl.constexpr, BEFORE: tl.constexpr):
+    """The transpose of `reach`."""
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
+    if BEFORE:
+        up = i < j
+    else:
+        up = i <= j
+    half = (i >> (b - 1)) == (j >> (b - 1))
+    upper = ((j >> (b - 1)) & 1) == 1
+    return half & ((upper & up) | ((((j >> (b - 1)) & 1) == 0) & (i > j)))
+
+
+@triton.jit
+def diagonal(p):
+    """The diagonal of a square tile as a column."""
+    i = tl.arange(0, p.shape[0])[:, None]
+    j = tl.arange(0, p.shape[0])[None, :]
+    return tl.sum(tl.where(i == j, p, 0.0), axis=1, keep_dims=True)
+
+
+@triton.jit
+def form_p(x, y, g, STRICT: tl.constexpr, BEFORE: tl.constexpr, LEVELS: tl.constexpr, DT: tl.constexpr):
+    """P_ij = sum over d of X_id Y_jd exp(sum of g_d over (j, i])."""
+    C: tl.constexpr = x.shape[0]
+    out = tl.zeros([C, C], tl.float32)
+    if not STRICT:
+        i = tl.arange(0, C)[:, None]
+        j = tl.arange(0, C)[None, :]
+        out = tl.where(i == j, tl.sum(x * y, axis=1, keep_dims=True), out)
+    for b in range(1, LEVELS + 1):
+        e = tl.exp(select_dot(reach(b, C, BEFORE), g, DT))
+        out += tl.where(pairs(b, C), dot(x * e, tl.trans(y * e), DT), 0.0)
+    return out
+
+
+@triton.jit
+def form_x(p, y, g, STRICT: tl.constexpr, BEFORE: tl.constexpr, LEVELS: tl.constexpr, DT: tl.constexpr):
+    """X_id = sum over j of P_ij Y_jd exp(sum of g_d over (j, i])."""
+    C: tl.constexpr = p.shape[0]
+    out = tl.zeros([C, y.shape[1]], tl.float32)
+    if not STRICT:
+        out = diagonal(p) * y
+    for b in range(1, LEVELS + 1):
+        e = tl.exp(select_dot(reach(b, C, BEFORE), g, DT))
+        out += e * dot(tl.where(pairs(b, C), p, 0.0), y * e, DT)
+    return out
+
+
+@triton.jit
+def form_y(p, x, g, STRICT: tl.constexpr, BEFORE: tl.constexpr, LEVELS: tl.constexpr, DT: tl.constexpr):
+    """Y_jd = sum over i of P_ij X_id exp(sum of g_d over (j, i])."""
+    C: tl.constexpr = p.shape[0]
+    out = tl.zeros([C, x.shape[1]], tl.float32)
+    if not STRICT:
+        out = diagonal(p) * x
+    for b in range(1, LEVELS + 1):
+        e = tl.exp(select_dot(reach(b, C, BEFORE), g, DT))
+        out += e * dot(tl.trans(tl.where(pairs(b, C), p, 0.0)), x * e, DT)
+    return out
+
+
+@triton.jit
+def form_gate(p, x, y, g, BEFORE: tl.constexpr, LEVELS: tl.constexpr, DT: tl.constexpr):
+    """dg_l = sum over the pairs j < l <= i (l < i when `before`) of P X Y and their decay: sums only."""
+    C: tl.constexpr = p.shape[0]
+    out = tl.zeros([C, g.shape[1]], tl.float32)
+    for b in range(1, LEVELS + 1):
+        e = tl.exp(select_dot(reach(b, C, BEFORE), g, DT))
+        q = tl.where(pairs(b, C), p, 0.0)
+        w = (x * e) * dot(q, y * e, DT) + (y * e) * dot(tl.trans(q), x * e, DT)
+        out += select_dot(reached(b, C, BEFORE), w, DT)
+    return out
+
+
+@triton.jit
+def form_all(p, x, y, g, STRICT: tl.constexpr, BEFORE: tl.constexpr, LEVELS: tl.constexpr, DT: tl.constexpr):
+    """`form_x`, `form_y` and `form_gate` of the same operands at once: the factors of a level are made once."""
+    C: tl.constexpr = p.shape[0]
+    dx = tl.zeros([C, y.shape[1]], tl.float32)
+    dy = tl.zeros([C, y.shape[1]], tl.float32)
+    dg = tl.zeros([C, y.shape[1]], tl.float32)
+    if not STRICT:
+        d = diagonal(p)
+        dx = d * y
+        dy = d * x
+    for b in range(1, LEVELS + 1):
+        e = tl.exp(select_dot(reach(b, C, BEFORE), g, DT))
+        q = tl.where(pairs(b, C), p, 0.0)
+        ax = e * dot(q, y * e, DT)
+        ay = e * dot(tl.trans(q), x * e, DT)
+        dx += ax
+        dy += ay
+        dg += select_dot(reached(b, C, BEFORE), x * ax + y * ay, DT)
+    return dx, dy, dg
+
+
+@triton.jit
+def inverse(a, LEVELS: tl.constexpr, DT: tl.constexpr):
+    """(I + L)^-1 of a strictly lower L by recursive block inversion."""
+    C: tl.constexpr = a.shape[0]
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
+    x = tl.where(i == j, 1.0, 0.0) - tl.where(pairs(1, C), a, 0.0)
+    for b in range(2, LEVELS + 1):
+        x -= exact_dot(x, exact_dot(tl.where(pairs(b, C), a, 0.0), x, DT), DT)
+    return x

@@ -1,0 +1,61 @@
+"""Generated kernels live in real source files: Triton reads their text, and tracebacks show it.
+
+Files are named by the hash of their content, written atomically into a directory that only its owner can enter, and
+compared with the expected text before they are imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import stat
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+
+def digest(text: str) -> str:
+    """The content hash by which a generated source is named."""
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def cache_dir() -> Path:
+    """`$LSMC_CACHE`, else `~/.cache/lsmc`, with mode 0700; a private temporary directory where that is not ours."""
+    home = os.environ.get("LSMC_CACHE") or str(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lsmc")
+    path = Path(home) / "kernels"
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        info = path.lstat()
+        if stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid():
+            if info.st_mode & 0o077:
+                path.chmod(0o700)
+            if os.access(path, os.W_OK | os.X_OK):
+                return path
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="lsmc-kernels-"))
+
+
+def load(source: str) -> ModuleType:
+    """The module of a generated source; the same text gives the same module."""
+    name = f"lsmc_kernels_{digest(source)}"
+    if name in sys.modules:
+        return sys.modules[name]
+    path = cache_dir() / f"{name}.py"
+    if path.is_symlink() or not path.exists() or path.read_text() != source:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{name}.")
+        with os.fdopen(handle, "w") as file:
+            file.write(source)
+        os.replace(temporary, path)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
