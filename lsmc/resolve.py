@@ -23,7 +23,7 @@ def resolve(text: str) -> Any:
     if ".py" in text:
         path, _, name = text.rpartition(":")
         if not path.endswith(".py"):
-            raise LsmNameError(f"{text}: which declaration of the file?\nhelp: write FILE.py:NAME")
+            raise LsmNameError(f"{text}: which declaration of the file?", help="write FILE.py:NAME")
         module = _import(Path(path))
         found = getattr(module, name, None)
         if not isinstance(found, LSM):
@@ -31,20 +31,20 @@ def resolve(text: str) -> Any:
             what = (
                 f"{name} is not a declaration (an LSM)" if hasattr(module, name) else f"defines no {name!r}"
             )
-            raise LsmNameError(f"{path}: {what}\nhelp: it declares {', '.join(there) or 'none'}")
+            raise LsmNameError(f"{path}: {what}", help=f"it declares {', '.join(there) or 'none'}")
         return found
     zoo = importlib.import_module("lsmc.zoo")
     if text not in zoo.names():
-        way_out = f"the zoo has {', '.join(zoo.names())}; a method of your own is FILE.py:NAME"
-        raise LsmNameError(f"no method is called {text!r}\nhelp: {way_out}")
+        raise LsmNameError(
+            f"no method is called {text!r}",
+            help=f"the zoo has {', '.join(zoo.names())}; a method of your own is FILE.py:NAME",
+        )
     return getattr(zoo, text)
 
 
 def _import(path: Path) -> ModuleType:
     if not path.is_file():
-        raise LsmNameError(
-            f"there is no file {path}\nhelp: write FILE.py:NAME, from the present folder {Path.cwd()}"
-        )
+        raise LsmNameError(f"there is no file {path}", help=f"FILE.py:NAME is looked up from {Path.cwd()}")
     path = path.resolve()
     module_name = f"_lsmc_user_{path.stem}_{abs(hash(path)):x}"
     if module_name in sys.modules:

@@ -1,0 +1,253 @@
+"""Random inputs for any declaration: sizes, gates and splits, for `lsmc.check`.
+
+Inputs follow from the canonical form alone: what the decay depends on is drawn from the gate ranges below, everything
+else is bounded, and keys are l2-normalised where the memory is read, since a delta rule is stable only then.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from itertools import product
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+
+from lsmc.expr import Field
+from lsmc.inputs import Sizes
+from lsmc.reference import _Evaluator
+
+CHUNKS = (16, 32, 64)
+
+State = Tensor | tuple[Tensor, ...] | None
+
+
+def tensors(state: State) -> list[Tensor]:
+    """The tensors of a state, which may be one, several or none."""
+    if state is None:
+        return []
+    return [state] if isinstance(state, Tensor) else list(state)
+
+
+# --- gates: log decays, per token, from mathematics that failed somewhere
+
+
+def _uniform(low: float, high: float) -> Callable[[tuple[int, ...], torch.Generator], Tensor]:
+    return lambda shape, generator: low + (high - low) * _rand(shape, generator)
+
+
+def _mixture(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    levels = torch.tensor([0.0, -1e-3, -1.0, -30.0], dtype=torch.float64)
+    return levels[torch.randint(0, 4, shape, generator=generator)]
+
+
+def _lone(value: float) -> Callable[[tuple[int, ...], torch.Generator], Tensor]:
+    """Typical gates with one element in a hundred (at least one) at ``value``."""
+
+    def draw(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        gate = GATES["typical"](shape, generator)
+        flat = gate.view(-1)
+        if flat.numel():
+            chosen = torch.randint(0, flat.numel(), (1 + flat.numel() // 100,), generator=generator)
+            flat[chosen] = value
+        return gate
+
+    return draw
+
+
+GATES: dict[str, Callable[[tuple[int, ...], torch.Generator], Tensor]] = {
+    "typical": lambda shape, generator: torch.nn.functional.logsigmoid(2 + _randn(shape, generator)),
+    "none": lambda shape, generator: torch.zeros(shape, dtype=torch.float64),
+    "weak": _uniform(-1e-7, 0.0),
+    "strong": lambda shape, generator: -5 * torch.sigmoid(_randn(shape, generator)),
+    "very strong": _uniform(-20.0, -2.0),
+    "extreme": _uniform(-1000.0, -100.0),
+    "mixture": _mixture,
+    "lone spike": _lone(-1e4),
+    "reset": _lone(-math.inf),
+}
+
+
+def _rand(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+
+def _randn(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+# --- cases
+
+
+@dataclass(frozen=True)
+class Case:
+    """Everything that determines one test; the same case gives the same numbers on every machine."""
+
+    batch: int = 1
+    time: int = 1
+    heads: int = 1
+    groups: int = 1
+    """Value heads per query/key head."""
+    key_dim: int = 1
+    value_dim: int = 1
+    chunk: int = 16
+    gates: str = "typical"
+    scale: float = 1.0
+    initial_state: bool = False
+    defaults: bool = False
+    """Leave out the inputs that have a per-head default."""
+    cuts: tuple[int, ...] = ()
+    """Where the sequence is split or packed; positions may repeat (empty pieces)."""
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return f"Case({', '.join(f'{item.name}={getattr(self, item.name)!r}' for item in fields(self))})"
+
+    @property
+    def pieces(self) -> list[tuple[int, int]]:
+        ends = [min(cut, self.time) for cut in sorted(self.cuts)]
+        return list(zip([0, *ends], [*ends, self.time]))
+
+
+@dataclass
+class Sample:
+    """The tensors of one case, float64."""
+
+    inputs: dict[str, Tensor]
+    state: Tensor | tuple[Tensor, ...] | None
+    scale: float
+    per_token: frozenset[str]
+
+    def leaves(self) -> list[Tensor]:
+        return [*self.inputs.values(), *tensors(self.state)]
+
+    def between(self, start: int, stop: int) -> dict[str, Tensor]:
+        """The inputs of tokens start … stop − 1."""
+        return {name: x[:, start:stop] if name in self.per_token else x for name, x in self.inputs.items()}
+
+
+def sample(declaration: Any, case: Case, *, batch: int | None = None) -> Sample:
+    """Draws the inputs of a case. ``batch`` draws that many initial states (one for each packed sequence)."""
+    canonical = declaration.canonical
+    generator = torch.Generator().manual_seed(case.seed)
+    reads = bool(canonical.reads)
+    gate_of = _gate_domains(canonical)
+    inputs: dict[str, Tensor] = {}
+    per_token = set()
+    for item in canonical.inputs:
+        if item.name in canonical.defaults and case.defaults:
+            continue
+        shape = _shape(item, case)
+        if item.per == "token":
+            per_token.add(item.name)
+        if item.name in gate_of:
+            direct, warp = gate_of[item.name]
+            gates = case.gates if direct or case.gates != "reset" else "lone spike"
+            value = warp(GATES[gates](shape, generator))
+        elif item.name == "k" or (reads and "K" in item.dims and item.name != "q"):
+            value = _randn(shape, generator)
+            if reads:
+                value = torch.nn.functional.normalize(value, dim=-1)
+        elif item.dims:
+            value = _randn(shape, generator)
+        else:
+            value = 0.05 + 0.9 * _rand(shape, generator)
+        inputs[item.name] = value.requires_grad_()
+    state: Tensor | tuple[Tensor, ...] | None = None
+    if case.initial_state:
+        lead = (batch or case.batch, case.heads * case.groups)
+        state = _randn((*lead, case.key_dim, case.value_dim), generator).requires_grad_()
+        if canonical.normalizer:
+            state = (state, _randn((*lead, case.key_dim), generator).abs().requires_grad_())
+    return Sample(inputs, state, case.scale, frozenset(per_token))
+
+
+def _shape(item: Any, case: Case) -> tuple[int, ...]:
+    heads = case.heads if item.heads == "H" else case.heads * case.groups
+    sizes = {"K": case.key_dim, "V": case.value_dim}
+    lead = (case.batch, case.time, heads) if item.per == "token" else (heads,)
+    return (*lead, *(sizes[dim] for dim in item.dims))
+
+
+Warp = Callable[[Tensor], Tensor]
+
+# How a gate g <= 0 may enter the decay: as it is, as its absolute value, as exp(g) in (0, 1], or shifted about zero.
+_WARPS: tuple[Warp, ...] = (
+    lambda g: g,
+    lambda g: -g,
+    lambda g: torch.exp(g.clamp(min=-30.0)),
+    lambda g: 1 + g.clamp(min=-30.0),
+)
+
+
+def _gate_domains(canonical: Any) -> dict[str, tuple[bool, Warp]]:
+    """For each input that the decay depends on: whether it *is* the log decay, and how to draw it from the gates.
+
+    An input that enters through an expression (``-exp(a) * softplus(dt)``) takes the first of the domains above for
+    which the log decay is finite and not positive at a number of points.
+    """
+    found: dict[str, tuple[bool, Warp]] = {}
+    for decay in (canonical.decay_k, canonical.decay_v, canonical.decay_kv):
+        if decay is None:
+            continue
+        gates = [
+            symbol for symbol in canonical.inputs if symbol in decay.free_symbols and symbol.name not in "qkv"
+        ]
+        if [decay] == gates:
+            found[decay.name] = (True, _WARPS[0])
+            continue
+        generator = torch.Generator().manual_seed(0)
+        for warps in product(_WARPS, repeat=len(gates)):
+            points = {symbol: _randn((64,), generator) for symbol in canonical.inputs}
+            points |= {symbol: warp(_probe(generator)) for symbol, warp in zip(gates, warps)}
+            value = _evaluate(decay, points)
+            if bool(torch.isfinite(value).all() & (value <= 0).all()):
+                for symbol, warp in zip(gates, warps):
+                    found.setdefault(symbol.name, (False, warp))
+                break
+    return found
+
+
+def _probe(generator: torch.Generator) -> Tensor:
+    return torch.cat([-1000 * _rand((16,), generator), -_rand((48,), generator)])[
+        torch.randperm(64, generator=generator)
+    ]
+
+
+def _evaluate(expr: sympy.Expr, points: Mapping[Field, Tensor]) -> Tensor:
+    """The value of an expression at points (64,), as if every dimension had size 1."""
+    sizes = Sizes(B=1, T=64, H=1, HV=1, K=1, V=1, N=1)
+    values = {symbol: x[:, None, None] for symbol, x in points.items()}
+    return _Evaluator(values, sizes, torch.float64, torch.device("cpu"))(expr).flatten()
+
+
+CORNERS = tuple(
+    Case(batch=2, time=37, groups=2, key_dim=3, value_dim=2, gates=gates, initial_state=True, cuts=(5, 5, 21))
+    for gates in GATES
+)
+"""Tested after the random cases: every range of gates over several chunks, from an initial state."""
+
+
+def cases(seed: int = 0) -> Any:
+    """A hypothesis strategy for cases; it shrinks towards one token, one head, one dimension and typical gates."""
+    import hypothesis.strategies as st
+
+    return st.builds(
+        Case,
+        batch=st.integers(1, 2),
+        time=st.one_of(st.integers(0, 16), st.integers(17, 80), st.integers(33, 80)),
+        heads=st.integers(1, 2),
+        groups=st.integers(1, 2),
+        key_dim=st.integers(1, 9),
+        value_dim=st.integers(1, 7),
+        chunk=st.sampled_from(CHUNKS),
+        gates=st.sampled_from(list(GATES)),
+        scale=st.sampled_from([1.0, 0.5]),
+        initial_state=st.booleans(),
+        defaults=st.booleans(),
+        cuts=st.lists(st.integers(0, 80), min_size=1, max_size=3).map(tuple),
+        seed=st.integers(seed << 16, (seed << 16) + 999),
+    )

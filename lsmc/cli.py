@@ -1,0 +1,229 @@
+"""The command line. Each command imports what it needs when it runs, so that ``lsmc --help`` is instant."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from tyro.conf import Positional, arg
+
+Method = Annotated[Positional[str], arg(metavar="METHOD", help="a method of the zoo, or FILE.py:NAME")]
+
+
+def list_() -> None:
+    """The methods of the zoo, with their inputs and their declarations."""
+    from lsmc import zoo
+
+    table = Table("method", "inputs", "declaration", box=None, pad_edge=False, header_style="bold")
+    for name in zoo.names():
+        method = getattr(zoo, name)
+        inputs = " ".join(str(field) for field in method.canonical.inputs)
+        table.add_row(escape(name), escape(inputs), escape(_one_line(method)))
+    _console().print(table)
+
+
+def explain(
+    method: Method,
+    /,
+    stage: Annotated[str | None, arg(help="print this stage alone; `--stage list` names the stages")] = None,
+) -> None:
+    """How a method is compiled: every stage from the declaration to the emitted code, and why this schedule."""
+    from lsmc.errors import LsmNameError
+
+    stages = _explanation(method).stages()
+    console = _console()
+    if stage == "list":
+        for name in stages:
+            console.print(escape(name))
+        return
+    if stage is not None and stage not in stages:
+        raise LsmNameError(f"there is no stage {stage!r}\nhelp: the stages are {', '.join(stages)}")
+    for name, text in stages.items():
+        if stage is None:
+            console.rule(f"[bold]{escape(name)}", align="left")
+        if stage in (None, name):
+            sys.stdout.write(text.rstrip("\n") + "\n")
+            sys.stdout.flush()
+
+
+def check(
+    method: Method,
+    /,
+    examples: Annotated[int, arg(help="random cases for each law")] = 20,
+    seed: Annotated[int, arg(help="another seed draws other cases")] = 0,
+) -> None:
+    """Test a declaration: its compiled forms against the recurrence, on random sizes, gates and splits."""
+    from lsmc.laws import check as check_declaration
+
+    declaration = _resolve(method)
+    report = check_declaration(declaration, examples=examples, seed=seed)
+    _console().print(escape(str(report)))
+
+
+def doctor() -> None:
+    """Versions, GPU, compilers: what works on this machine and what to change."""
+    from lsmc.runtime.doctor import diagnose
+
+    marks = {"ok": "[green]✓[/]", "info": "[blue]·[/]", "warn": "[yellow]![/]", "bad": "[red]✗[/]"}
+    table = Table("", "", "", box=None, pad_edge=False, show_header=False)
+    findings = diagnose()
+    for finding in findings:
+        table.add_row(marks[finding.status], escape(finding.subject), escape(finding.found))
+        if finding.advice:
+            table.add_row("", "", f"[dim]→ {escape(finding.advice)}[/]")
+    _console().print(table)
+    if any(finding.status == "bad" for finding in findings):
+        raise SystemExit(1)
+
+
+def bench(
+    methods: Annotated[
+        Positional[tuple[str, ...]], arg(metavar="[METHOD …]", help="default: the whole zoo")
+    ] = (),
+    /,
+    against: Annotated[
+        str | None, arg(help="time this package's operators too, where it has them: fla")
+    ] = None,
+    shapes: Annotated[tuple[str, ...], arg(help="B,T,H,K,V each; the default depends on the device")] = (),
+    device: Annotated[str | None, arg(help="cuda or cpu; default: cuda where there is one")] = None,
+    out: Annotated[Path | None, arg(help="also write the table as JSON")] = None,
+) -> None:
+    """Time the operators, forward and forward with backward; on a CPU also against the step-by-step loop."""
+    from lsmc.runtime.bench import run
+
+    named = {method: _resolve(method) for method in methods} or None
+    run(named, against=against, shapes=shapes, device=device, out=out)
+
+
+def train() -> None:
+    """Train a hybrid model on text: `lsmc train [CONFIG] --help` lists every setting."""
+
+
+def generate() -> None:
+    """Continue a text with a trained model, its memory of constant size: `lsmc generate --help`."""
+
+
+def _train(arguments: Sequence[str]) -> None:
+    """CONFIG is a model size, or a JSON file such as the `config.json` of a run; settings after it override it."""
+    from lsmc.runtime.train import TrainConfig
+    from lsmc.runtime.train import train as run
+
+    default = TrainConfig()
+    if arguments and not arguments[0].startswith("-"):
+        default, arguments = _train_config(arguments[0]), arguments[1:]
+    run(_settings(TrainConfig, "lsmc train", "Train a hybrid model on text.", arguments, default))
+
+
+def _train_config(text: str) -> Any:
+    import json
+
+    from lsmc.runtime.errors import LsmConfigError
+    from lsmc.runtime.train import TrainConfig
+
+    if not text.endswith(".json"):
+        return TrainConfig(model=text)
+    try:
+        return _from_json(TrainConfig, json.loads(Path(text).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise LsmConfigError(f"{text} is not a training configuration: {error}") from error
+
+
+def _from_json(kind: Any, values: dict[str, Any]) -> Any:
+    """A dataclass from plain JSON values, the inverse of `lsmc.runtime.train.to_json`."""
+    hints = get_type_hints(kind)
+    made = {}
+    for name, value in values.items():
+        hint = hints.get(name)
+        if isinstance(value, dict):
+            value = _from_json(hint, value)
+        elif hint is Path:
+            value = Path(value)
+        made[name] = value
+    return kind(**made)
+
+
+def _generate(arguments: Sequence[str]) -> None:
+    from lsmc.runtime.generate import GenerateConfig
+    from lsmc.runtime.generate import generate as run
+
+    default = GenerateConfig()
+    if arguments and not arguments[0].startswith("-"):
+        default, arguments = GenerateConfig(run=Path(arguments[0])), arguments[1:]
+    run(_settings(GenerateConfig, "lsmc generate", "Continue a text.", arguments, default))
+
+
+def _settings(kind: Any, prog: str, description: str, arguments: Sequence[str], default: Any) -> Any:
+    return tyro.cli(kind, prog=prog, description=description, args=list(arguments), default=default)
+
+
+# Commands whose settings are dataclasses of the runtime, which imports torch: read only when they are called.
+LATE: dict[str, Callable[[Sequence[str]], None]] = {"train": _train, "generate": _generate}
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "list": list_,
+    "explain": explain,
+    "check": check,
+    "train": train,
+    "generate": generate,
+    "bench": bench,
+    "doctor": doctor,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of ``lsmc``. Exits 1 with the message alone on a user's mistake, 130 on Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    try:
+        if arguments[0] in LATE:
+            LATE[arguments[0]](arguments[1:])
+        else:
+            tyro.extras.subcommand_cli_from_dict(
+                COMMANDS, prog="lsmc", description="A compiler for linear sequence models.", args=arguments
+            )
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader (head, less) has had enough
+        raise SystemExit(0) from None
+    except Exception as error:
+        if not _is_users_mistake(error):
+            raise
+        # Errors lay out their carets for this prefix, which Python prints too.
+        sys.stderr.write(f"lsmc.{type(error).__name__}: {error}\n")
+        raise SystemExit(1) from None
+
+
+def _is_users_mistake(error: Exception) -> bool:
+    from lsmc.errors import LsmError
+
+    return isinstance(error, LsmError)
+
+
+def _console() -> Console:
+    return Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
+
+
+def _resolve(method: str) -> Any:
+    from lsmc.resolve import resolve
+
+    return resolve(method)
+
+
+def _explanation(method: str) -> Any:
+    import lsmc
+
+    return lsmc.explain(_resolve(method))
+
+
+def _one_line(method: Any) -> str:
+    return " ".join(repr(method).split())
+
+
+if __name__ == "__main__":
+    main()
