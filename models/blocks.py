@@ -40,6 +40,11 @@ class AttentionState(NamedTuple):
     v: Tensor
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Gates and routing are computed in float32, or float64 where the model is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class RMSNorm(nn.RMSNorm):
     """``x / √(mean(x²) + eps) ⊙ w`` in the type of ``x``, also under autocast."""
 
@@ -221,13 +226,13 @@ class LinearMixer(nn.Module):
     def _range(self, i: Input, x: Tensor) -> Tensor:
         """Bring a raw input into the range that the declaration needs."""
         if i.role == "decay" and i.sign < 0:
-            return F.logsigmoid(x.float()) / self.normaliser
+            return F.logsigmoid(at_least_float32(x)) / self.normaliser
         if i.role == "decay" and i.sign > 0:
-            return F.softplus(x.float())
+            return F.softplus(at_least_float32(x))
         if i.role == "strength":
-            return torch.sigmoid(x.float())
+            return torch.sigmoid(at_least_float32(x))
         if i.role == "key" and self.reads:
-            return F.normalize(x.float(), dim=-1, eps=1e-6).to(x.dtype)
+            return F.normalize(at_least_float32(x), dim=-1, eps=1e-6).to(x.dtype)
         return x
 
     def _inputs(
@@ -292,9 +297,10 @@ class Attention(nn.Module):
     def _rotate(self, x: Tensor, start: int) -> Tensor:
         """Rotate the pairs ``(x_d, x_{d+K/2})`` of ``x (B, H, T, K)`` by position · θ^(-2d/K)."""
         half = self.k_dim // 2
-        index = torch.arange(half, device=x.device, dtype=torch.float32)
+        exact = torch.promote_types(x.dtype, torch.float32)
+        index = torch.arange(half, device=x.device, dtype=exact)
         frequency = self.theta ** (-index / half)
-        position = torch.arange(start, start + x.shape[2], device=x.device, dtype=torch.float32)
+        position = torch.arange(start, start + x.shape[2], device=x.device, dtype=exact)
         angle = position[:, None] * frequency
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         a, b = x.chunk(2, dim=-1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lsmc.models.blocks import Attention, LinearMixer, RMSNorm, ShortConvolution
+from lsmc.models.blocks import Attention, LinearMixer, RMSNorm, ShortConvolution, at_least_float32
 from lsmc.models.configs import ModelConfig
 from lsmc.models.moe import MixtureOfExperts, RouterStatistics
 
@@ -114,7 +114,7 @@ class HybridMoE(nn.Module):
         if targets is None:
             return logits
         moe = self.config.moe
-        nll = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        nll = F.cross_entropy(at_least_float32(logits.flatten(0, 1)), targets.flatten())
         balance = torch.stack([s.balance for s in statistics]).mean()
         z = torch.stack([s.z for s in statistics]).mean()
         total = nll + moe.balance_loss * balance + moe.z_loss * z

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lsmc.lowering.moe import moe_experts
+from lsmc.models.blocks import at_least_float32
 from lsmc.models.configs import ModelConfig
 
 
@@ -63,13 +64,13 @@ class MixtureOfExperts(nn.Module):
     def route(self, x: Tensor) -> tuple[Tensor, Tensor, RouterStatistics]:
         """``(weights (N, k), experts (N, k), statistics)`` of ``x (N, D)``."""
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.float(), self.router.weight.float())
+            logits = F.linear(at_least_float32(x), at_least_float32(self.router.weight))
         probabilities = logits.softmax(-1)
         weights, experts = probabilities.topk(self.top_k, dim=-1)
         if self.renormalise:
             weights = weights / weights.sum(-1, keepdim=True)
         chosen = F.one_hot(experts, self.experts).sum((0, 1))
-        load = chosen.float() / max(1, experts.numel())
+        load = chosen.to(logits.dtype) / max(1, experts.numel())
         balance = self.experts * (load * probabilities.mean(0)).sum()
         z = logits.logsumexp(-1).square().mean()
         return weights, experts, RouterStatistics(load, balance, z)

@@ -130,22 +130,12 @@ class TrainConfig:
         need(0 <= self.beta2 < 1, "beta2", "must lie in [0, 1)")
 
 
-# Changing one of these makes another run; anything else may change between a stop and a resume.
+# Changing one of these makes another run; anything else may change between a stop and a resume. The text is
+# compared by its fingerprint: files may move.
 _BINDING = (
-    *(
-        "model",
-        "lsm",
-        "pattern",
-        "balance_loss",
-        "z_loss",
-        "renormalise",
-        "data",
-        "batch",
-        "length",
-        "accumulate",
-    ),
-    *("lr", "min_lr", "warmup", "weight_decay", "beta1", "beta2", "clip", "seed", "autocast"),
-)
+    "model lsm pattern balance_loss z_loss renormalise batch length accumulate lr min_lr warmup weight_decay "
+    "beta1 beta2 clip seed autocast"
+).split()
 
 
 @dataclass
@@ -192,6 +182,8 @@ def to_json(value: Any) -> Any:
         return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, (str, int, float, bool)) or value is None:
         return value
+    if isinstance(value, Path):
+        return str(value)
     return str(getattr(value, "name", value))
 
 
