@@ -83,22 +83,18 @@ def doctor() -> None:
 
 
 def bench(
-    methods: Annotated[
-        Positional[tuple[str, ...]], arg(metavar="[METHOD …]", help="default: the whole zoo")
-    ] = (),
+    methods: Annotated[Positional[tuple[str, ...]], arg(metavar="[METHOD …]", help="default: the zoo")] = (),
     /,
-    against: Annotated[
-        str | None, arg(help="time this package's operators too, where it has them: fla")
-    ] = None,
-    shapes: Annotated[tuple[str, ...], arg(help="B,T,H,K,V each; the default depends on the device")] = (),
+    shapes: Annotated[tuple[str, ...], arg(help="each B,T,H,K,V; the default depends on the device")] = (),
     device: Annotated[str | None, arg(help="cuda or cpu; default: cuda where there is one")] = None,
-    out: Annotated[Path | None, arg(help="also write the table as JSON")] = None,
+    loop: Annotated[bool, arg(help="on a CPU, time the step-by-step loop too")] = True,
+    out: Annotated[Path | None, arg(help="also write JSON")] = None,
+    markdown: Annotated[bool, arg(help="print the table as Markdown")] = False,
 ) -> None:
     """Time the operators, forward and forward with backward; on a CPU also against the step-by-step loop."""
     from lsmc.runtime.bench import run
 
-    named = {method: _resolve(method) for method in methods} or None
-    run(named, against=against, shapes=shapes, device=device, out=out)
+    run(methods, shapes=shapes, device=device, loop=loop, out=out, markdown=markdown)
 
 
 def train() -> None:

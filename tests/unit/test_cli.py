@@ -1,0 +1,205 @@
+"""The command line: what it prints, and that a user's mistake ends in one readable message and exit status 1."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lsmc import cli, zoo
+from lsmc.errors import LsmNameError
+from lsmc.resolve import resolve
+from lsmc.runtime import bench, doctor
+
+OWN_METHOD = """
+from lsmc import LSM, Scalar, k, outer, v
+leaky = LSM("leaky", decay=Scalar("g"), update=outer(k, v))
+number = 3
+"""
+
+
+@pytest.fixture
+def own_file(tmp_path: Path) -> Path:
+    path = tmp_path / "own.py"
+    path.write_text(OWN_METHOD)
+    return path
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Exit status, standard output, standard error."""
+    try:
+        cli.main(arguments)
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else 1
+    else:
+        status = 0
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "--help")
+    assert status == 0
+    assert all(command in out for command in cli.COMMANDS)
+
+
+def test_list_shows_every_method_with_its_inputs(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "list")
+    assert status == 0
+    for name in zoo.names():
+        assert name in out
+
+
+@pytest.mark.parametrize("stage", ["canonical", "chunk", "schedule"])
+def test_explain_prints_one_stage(capsys: pytest.CaptureFixture[str], stage: str) -> None:
+    status, out, _ = run(capsys, "explain", "gla", "--stage", stage)
+    assert status == 0
+    assert out.strip()
+
+
+def test_explain_lists_its_stages_and_refuses_others(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "explain", "gla", "--stage", "list")
+    assert status == 0
+    assert "chunk" in out.split()
+    status, _, err = run(capsys, "explain", "gla", "--stage", "nonsense")
+    assert status == 1
+    assert "there is no stage 'nonsense'" in err
+    assert "help: the stages are" in err
+
+
+def test_check_tests_a_method_in_the_users_own_file(
+    capsys: pytest.CaptureFixture[str], own_file: Path
+) -> None:
+    status, out, _ = run(capsys, "check", f"{own_file}:leaky", "--examples", "3")
+    assert status == 0
+    assert "leaky: 7 laws hold" in out
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("nonsense", "no method is called 'nonsense'"),
+        ("missing.py:gla", "there is no file missing.py"),
+        ("{own}", "which declaration of the file?"),
+        ("{own}:absent", "it declares leaky"),
+        ("{own}:number", "number is not a declaration"),
+    ],
+)
+def test_a_mistake_ends_in_one_message(
+    capsys: pytest.CaptureFixture[str], own_file: Path, method: str, message: str
+) -> None:
+    status, out, err = run(capsys, "explain", method.format(own=own_file))
+    assert (status, out) == (1, "")
+    assert err.startswith("lsmc.LsmNameError: ")
+    assert message in err
+    assert "help: " in err
+    assert "Traceback" not in err
+
+
+def test_a_mistake_in_the_users_file_shows_its_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "wrong.py"
+    path.write_text('from lsmc import LSM, Scalar, k, outer\nbad = LSM("bad", decay=Scalar("g"), update=k)\n')
+    status, _, err = run(capsys, "explain", f"{path}:bad")
+    assert status == 1
+    assert "wrong.py:2: " in err
+
+
+def test_a_file_is_imported_once(own_file: Path) -> None:
+    assert resolve(f"{own_file}:leaky") is resolve(f"{own_file}:leaky")
+
+
+def test_a_file_that_fails_is_not_remembered(tmp_path: Path) -> None:
+    path = tmp_path / "fails.py"
+    path.write_text("raise RuntimeError('not yet')")
+    with pytest.raises(RuntimeError, match="not yet"):
+        resolve(f"{path}:leaky")
+    path.write_text(OWN_METHOD)
+    assert resolve(f"{path}:leaky").name == "leaky"
+
+
+def test_method_names_of_the_zoo_resolve() -> None:
+    assert resolve(zoo.names()[0]) is zoo.METHODS[0]
+    with pytest.raises(LsmNameError):
+        resolve("names")
+
+
+@pytest.mark.parametrize("command", ["train", "generate"])
+def test_training_commands_list_their_settings(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    status, out, _ = run(capsys, command, "--help")
+    assert status == 0
+    assert "--seed" in out
+
+
+def test_training_settings_come_from_a_size_or_a_file(tmp_path: Path) -> None:
+    from lsmc.runtime.train import TrainConfig, to_json
+
+    assert cli._train_config("a1b-7b").model == "a1b-7b"
+    config = TrainConfig(steps=7, out=tmp_path / "run", clip=0.5)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(to_json(config)))
+    assert cli._train_config(str(path)) == config
+
+
+def test_a_broken_training_file_is_a_users_mistake(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"stepps": 3}')
+    status, _, err = run(capsys, "train", str(path))
+    assert status == 1
+    assert "stepps" in err
+
+
+def test_doctor_reports_and_advises(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, out, _ = run(capsys, "doctor")
+    assert status == 0
+    assert all(word in out for word in ("python", "torch", "triton", "numpy", "gcc", "GPU", "ptxas"))
+    monkeypatch.setattr(doctor, "ptxas_version", lambda path: doctor.BAD_PTXAS)
+    [finding] = doctor._ptxas()
+    assert finding.status == "warn"
+    assert "TRITON_PTXAS_PATH" in finding.advice
+    monkeypatch.setattr(doctor, "ptxas_version", lambda path: "13.1.80")
+    [finding] = doctor._ptxas()
+    assert (finding.status, finding.advice) == ("ok", "")
+
+
+def test_doctor_says_which_tool_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    bad = [finding for finding in doctor.diagnose() if finding.status == "bad"]
+    assert {finding.subject for finding in bad} == {"g++", "works: torch.compile on the CPU"}
+    assert all(finding.advice for finding in bad)
+
+
+def test_bench_measures_times_and_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "times.json"
+    status, text, _ = run(
+        capsys, "bench", "gla", "--shapes", "1,64,2,8,8", "--device", "cpu", "--out", str(out), "--markdown"
+    )
+    assert status == 0
+    assert text.startswith("| method |")
+    [result] = json.loads(out.read_text())["results"]
+    assert result["shape"] == [1, 64, 2, 8, 8]
+    assert result["loop_forward_backward_ms"] > 0
+    assert set(result["errors"]) == {"o", "q", "k", "v", "g"}
+    assert max(result["errors"].values()) < 1e-4
+
+
+@pytest.mark.parametrize("text", ["1,2,3", "1,2,3,0,4", "a,b,c,d,e", ""])
+def test_a_wrong_shape_is_a_users_mistake(text: str) -> None:
+    with pytest.raises(bench.LsmConfigError, match="B,T,H,K,V"):
+        bench.parse_shape(text)
+
+
+def test_the_command_is_installed() -> None:
+    command = Path(sys.executable).with_name("lsmc")
+    if not command.exists():
+        pytest.skip("the package is not installed beside this Python")
+    result = subprocess.run([command, "list"], capture_output=True, text=True, timeout=60, check=True)
+    assert zoo.names()[0] in result.stdout
