@@ -39,7 +39,7 @@ from lsmc.expr import (
     show,
     show_dims,
 )
-from lsmc.functions import exp, log, log1p
+from lsmc.functions import Abs, exp, log, log1p, sign
 from lsmc.terms import STANDARD
 
 
@@ -148,6 +148,8 @@ def tidy(expr: sympy.Expr) -> sympy.Expr:
     if isinstance(expr, sympy.Pow) and isinstance(args[0], sympy.Add) and args[0].could_extract_minus_sign():
         if args[1].is_Integer:  # (R - v)² and (v - R)² are one; odd powers carry the sign outside
             return (-1) ** args[1] * (-args[0]) ** args[1]
+    if isinstance(expr, sympy.Abs | sympy.sign):  # sympy makes them of √x²
+        return (Abs if isinstance(expr, sympy.Abs) else sign)(args[0])
     made = expr.func(*args)
     return expand(made) if isinstance(made, sympy.Mul) else made
 
@@ -212,10 +214,14 @@ def content(expr: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
     return common, sympy.Add(*(term / common for term in terms))
 
 
-def collect(pairs: Iterable[tuple[sympy.Expr, sympy.Expr]]) -> list[tuple[sympy.Expr, sympy.Expr]]:
+def collect(
+    pairs: Iterable[tuple[sympy.Expr, sympy.Expr]], reads: Iterable[Field] = ()
+) -> list[tuple[sympy.Expr, sympy.Expr]]:
     """Σ aᵢ bᵢ with as few products as equal keys, then proportional values, allow; in a standard order.
 
     k v + 1 v − k R − 1 R  →  (k + 1)(v − R)
+
+    What depends on `reads` stays in the values.
     """
     by_key: dict[sympy.Expr, sympy.Expr] = {}
     for a, b in pairs:
@@ -226,8 +232,9 @@ def collect(pairs: Iterable[tuple[sympy.Expr, sympy.Expr]]) -> list[tuple[sympy.
     for key, value in by_key.items():
         value = expand(tidy(value))
         if value != 0:
-            factor, primitive = content(value)
-            by_value.setdefault(primitive, []).append(factor * key)
+            factor, _ = content(value)
+            factor = sympy.Mul(*(part for part in sympy.Mul.make_args(factor) if not _depends(part, reads)))
+            by_value.setdefault(expand(value / factor), []).append(factor * key)
     found = []
     for primitive, keys in by_value.items():
         factor, key = content(sympy.Add(*keys))
@@ -261,7 +268,7 @@ class _Reads:
         body, found = args[1], sympy.S.Zero
         for memory in sorted(body.free_symbols & MEMORIES, key=str):
             factor, body = linear(body, memory)
-            for key, value in collect(separate(factor)):
+            for key, value in collect(separate(factor), self.symbols.values()):
                 found += value * self.symbol(memory, key)
         return found + contract("K", body)
 
@@ -335,11 +342,11 @@ def canonicalise(
     previous, decayed = MEMORY["previous"], MEMORY["decayed"]
     way = "an update is a sum of outer(key over K, value over V), possibly with reads x @ M in the values, and multiples of M"
     try:
-        rest = reads.replace(named(update, "previous"))
+        rest = reads.replace(tidy(named(update, "previous")))
         kept: dict[Field, sympy.Expr] = {}
         for memory in (previous, decayed):
             kept[memory], rest = linear(rest, memory)
-        pairs = collect(separate(rest))
+        pairs = collect(separate(rest), reads.symbols.values())
     except ValueError as error:
         raise LsmUpdateError(f"{name}: {error}", where=spot, help=way) from None
     if recurrence:
@@ -375,7 +382,8 @@ def canonicalise(
     # values are collected again under the final names, so that their order of terms does not depend on the
     # writing
     writes = tuple(
-        Write(key, value) for key, value in collect((key, value.xreplace(rename)) for key, value in pairs)
+        Write(key, value)
+        for key, value in collect(((key, value.xreplace(rename)) for key, value in pairs), rename.values())
     )
     read_list = tuple(
         Read(rename[s], used[s][1], "previous" if used[s][0] == previous else "decayed") for s in order

@@ -139,7 +139,7 @@ class Constant(Decay):
         if tokens:
             raise LsmDeclarationError(
                 f"a Constant decay does not vary over tokens; {', '.join(tokens)} does",
-                where=where,
+                where=where.at(0) if where else None,
                 help="use Scalar",
             )
         super().__init__(log_k=_checked(term, where), defaults=defaults, where=where)

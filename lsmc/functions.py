@@ -55,6 +55,9 @@ class log(_Elementwise):
     def fdiff(self, argindex: int = 1) -> sympy.Expr:
         return 1 / self.args[0]
 
+    def _eval_is_positive(self) -> bool | None:
+        return bool(self.args[0] > 1) if self.args[0].is_Rational else None
+
 
 class expm1(_Elementwise):
     """e^x − 1 without cancellation; 1 − e^g is −expm1(g)."""
@@ -139,6 +142,23 @@ class elu(_Elementwise):
         return exp(-relu(-self.args[0]))
 
 
+class Abs(_Elementwise):
+    """|x|; its derivative at 0 is 0. (The derivatives of sympy's own end in Dirac's delta.)"""
+
+    def fdiff(self, argindex: int = 1) -> sympy.Expr:
+        return sign(self.args[0])
+
+    def _eval_is_nonnegative(self) -> bool:
+        return True
+
+
+class sign(_Elementwise):
+    """−1, 0 or 1."""
+
+    def fdiff(self, argindex: int = 1) -> sympy.Expr:
+        return sympy.S.Zero
+
+
 class erf(_Elementwise):
     """2/√π ∫₀ˣ e^{−t²} dt."""
 
@@ -197,9 +217,9 @@ FUNCTIONS: dict[str, FunctionSpec] = {
         FunctionSpec("tanh", sympy.tanh, "torch.tanh({0})", _TANH),
         FunctionSpec("sin", sympy.sin, "torch.sin({0})", "tl.sin({0})"),
         FunctionSpec("cos", sympy.cos, "torch.cos({0})", "tl.cos({0})"),
-        FunctionSpec("Abs", sympy.Abs, "torch.abs({0})", "tl.abs({0})"),
+        FunctionSpec("Abs", Abs, "torch.abs({0})", "tl.abs({0})"),
         FunctionSpec(
-            "sign", sympy.sign, "torch.sign({0})", "(tl.where({0} > 0, 1.0, 0.0) - tl.where({0} < 0, 1.0, 0.0))"
+            "sign", sign, "torch.sign({0})", "(tl.where({0} > 0, 1.0, 0.0) - tl.where({0} < 0, 1.0, 0.0))"
         ),
     )
 }  # fmt: skip

@@ -55,28 +55,28 @@ def bind(
     """The inputs in declared order, defaults filled in, and the sizes; with `step`, tokens have no T
     dimension.
 
-    Raises LsmMissingInputError, LsmUnexpectedInputError, LsmDtypeError, LsmShapeError and LsmSequenceError.
+    Raises LsmMissingInputError, LsmUnexpectedInputError, LsmDtypeError, LsmShapeError and LsmSequenceError. Sizes stay
+    symbolic and no frame is looked at unless something is wrong, so that it can be traced by torch.compile.
     """
-    where = here()
     known = {symbol.name: symbol for symbol in canonical.inputs}
     given = {name: value for name, value in inputs.items() if value is not None or name not in known}
     for name in given:
         if name not in known:
             close = "it takes " + ", ".join(known)
-            raise LsmUnexpectedInputError(f"{canonical.name} has no input {name!r}", where=where, help=close)
+            raise LsmUnexpectedInputError(f"{canonical.name} has no input {name!r}", where=here(), help=close)
     for name, symbol in known.items():
         if name not in given and name not in canonical.defaults:
             raise LsmMissingInputError(
-                f"{canonical.name} needs the input {name!r}, {_shape(symbol, step)}", where=where,
+                f"{canonical.name} needs the input {name!r}, {_shape(symbol, step)}", where=here(),
                 help=f"it takes {', '.join(known)}",
             )  # fmt: skip
     for name, value in given.items():
         if not isinstance(value, Tensor):
-            raise LsmDtypeError(f"{name!r} is {type(value).__name__}, not a tensor", where=where,
+            raise LsmDtypeError(f"{name!r} is {type(value).__name__}, not a tensor", where=here(),
                                 help=f"pass a tensor of shape {_shape(known[name], step)}")  # fmt: skip
         if value.dtype not in DTYPES:
             raise LsmDtypeError(
-                f"{name!r} has dtype {value.dtype}; methods compute in float64, float32, bfloat16 or float16", where=where,
+                f"{name!r} has dtype {value.dtype}; methods compute in float64, float32, bfloat16 or float16", where=here(),
                 help=f"pass {name}.float()",
             )  # fmt: skip
 
@@ -86,32 +86,32 @@ def bind(
             parts = _parts(symbol, step)
             if given[name].dim() != len(parts):
                 raise LsmShapeError(
-                    f"{name!r} has shape {tuple(given[name].shape)}; it must be {_shape(symbol, step)}", where=where,
+                    f"{name!r} has shape {tuple(given[name].shape)}; it must be {_shape(symbol, step)}", where=here(),
                     help=f"{len(parts)} dimensions, not {given[name].dim()}",
                 )  # fmt: skip
             for part, size in zip(parts, given[name].shape, strict=True):
-                value, by = found.setdefault(part, (int(size), name))
+                value, by = found.setdefault(part, (size, name))
                 if value != size:
                     raise LsmShapeError(
                         f"{name!r} has shape {tuple(given[name].shape)}, that is {part} = {size} of {_shape(symbol, step)}; "
-                        f"{by!r} has {part} = {value}", where=where,
+                        f"{by!r} has {part} = {value}", where=here(),
                     )  # fmt: skip
     state = initial_state if isinstance(initial_state, tuple | list) else (initial_state,)
     if state[0] is not None and isinstance(state[0], Tensor) and state[0].dim() == 4:
         for part, size in zip(("HV", "K", "V"), state[0].shape[1:], strict=True):
-            found.setdefault(part, (int(size), "initial_state"))
+            found.setdefault(part, (size, "initial_state"))
     found.setdefault("HV", found.get("H", (1, "")))
     found.setdefault("H", found["HV"])
     found.setdefault("T", (1, ""))
     for part in ("B", "K", "V"):
         if part not in found:
-            raise LsmShapeError(f"{canonical.name}: no input says how large {part} is", where=where,
+            raise LsmShapeError(f"{canonical.name}: no input says how large {part} is", where=here(),
                                 help="pass an initial_state (B, HV, K, V)")  # fmt: skip
     H, HV = found["H"][0], found["HV"][0]
     if H == 0 or HV % H:
         raise LsmShapeError(
             f"{found['HV'][1]!r} has HV = {HV} heads and {found['H'][1]!r} has H = {H}: HV must be a multiple of H",
-            where=where,
+            where=here(),
         )
     B, T = found["B"][0], found["T"][0]
     N = B if cu_seqlens is None else check_sequences(cu_seqlens, B, T)
@@ -121,7 +121,7 @@ def bind(
 
     devices = {value.device for value in given.values()}
     if len(devices) > 1:
-        raise LsmDtypeError(f"inputs are on several devices: {', '.join(sorted(map(str, devices)))}", where=where,
+        raise LsmDtypeError(f"inputs are on several devices: {', '.join(sorted(map(str, devices)))}", where=here(),
                             help="move them to one")  # fmt: skip
     like = next(iter(given.values()))
     tensors = {}
@@ -144,21 +144,20 @@ def _shape(symbol: Field, step: bool) -> str:
 
 
 def _check_state(canonical: Canonical, state: tuple[Any, ...], sizes: Sizes) -> None:
-    where = here()
     shapes = [(sizes.N, sizes.HV, sizes.K, sizes.V)] + [(sizes.N, sizes.HV, sizes.K)] * canonical.normalizer
     if len(state) != len(shapes):
         raise LsmShapeError(
-            f"{canonical.name} has {len(shapes)} state(s); initial_state has {len(state)}", where=where,
+            f"{canonical.name} has {len(shapes)} state(s); initial_state has {len(state)}", where=here(),
             help="with a normaliser the state is the tuple (M, Z)" if canonical.normalizer else "the state is one tensor",
         )  # fmt: skip
     for value, shape, text in zip(state, shapes, ("(N, HV, K, V)", "(N, HV, K)"), strict=False):
         if not isinstance(value, Tensor) or value.dtype not in DTYPES:
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise LsmDtypeError(
-                f"initial_state is {kind}; it is a float32 or float64 tensor {text}", where=where
+                f"initial_state is {kind}; it is a float32 or float64 tensor {text}", where=here()
             )
         if tuple(value.shape) != shape:
-            raise LsmShapeError(f"initial_state has shape {tuple(value.shape)}; it must be {text} = {shape}", where=where,
+            raise LsmShapeError(f"initial_state has shape {tuple(value.shape)}; it must be {text} = {shape}", where=here(),
                                 help="N is the number of sequences: B, or len(cu_seqlens) - 1")  # fmt: skip
 
 
@@ -169,21 +168,20 @@ def check_sequences(cu_seqlens: Tensor, B: int, T: int) -> int:
     Empty sequences are allowed.  The values are read, which waits for the device, except while a graph is
     being traced.
     """
-    where = here()
     if (
         not isinstance(cu_seqlens, Tensor)
         or cu_seqlens.dim() != 1
         or cu_seqlens.dtype not in (torch.int32, torch.int64)
     ):
-        raise LsmSequenceError("cu_seqlens must be an int32 or int64 tensor of shape (N+1,)", where=where)
+        raise LsmSequenceError("cu_seqlens must be an int32 or int64 tensor of shape (N+1,)", where=here())
     if B != 1:
         raise LsmSequenceError(
-            f"packed sequences need B = 1; B is {B}", where=where, help="concatenate along T"
+            f"packed sequences need B = 1; B is {B}", where=here(), help="concatenate along T"
         )
     if cu_seqlens.shape[0] == 0:
-        raise LsmSequenceError("cu_seqlens is empty; it has N+1 entries, the first is 0", where=where)
+        raise LsmSequenceError("cu_seqlens is empty; it has N+1 entries, the first is 0", where=here())
     if not (torch.compiler.is_compiling() or cu_seqlens.is_meta or type(cu_seqlens) is not Tensor):
         values = cu_seqlens.tolist()
         if values[0] != 0 or values[-1] != T or any(a > b for a, b in zip(values, values[1:], strict=False)):
-            raise LsmSequenceError(f"cu_seqlens = {values} must rise from 0 to T = {T}", where=where)
+            raise LsmSequenceError(f"cu_seqlens = {values} must rise from 0 to T = {T}", where=here())
     return int(cu_seqlens.shape[0]) - 1

@@ -131,6 +131,15 @@ class LSM:
     def __hash__(self) -> int:
         return hash(self._content)
 
+    def __copy__(self) -> LSM:
+        return self
+
+    def __deepcopy__(self, memo: object) -> LSM:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self.name, self.decay, self.update, self.is_recurrence, self.readout)
+
     def __repr__(self) -> str:
         word = "recurrence" if self.is_recurrence else "update"
         tail = "" if self.readout == (q @ M).expr else f", readout={show(self.readout)}"
@@ -143,6 +152,11 @@ class LSM:
     def step(self, **inputs: Any) -> Any:
         """One token of every sequence: ``(o, state)``; see `lsmc.api.step`."""
         return importlib.import_module("lsmc.api").step(self, **inputs)
+
+
+def _rebuild(name: str, decay: Decay, update: sympy.Expr, whole: bool, readout: sympy.Expr) -> LSM:
+    body = {"recurrence" if whole else "update": Term(update)}
+    return LSM(name, decay=decay, readout=Term(readout), **body)
 
 
 def _term(value: object, name: str, where: Where | None) -> Term:

@@ -89,12 +89,12 @@ def cos(x: object) -> Term:
 
 def abs(x: object) -> Term:
     """|x|; its derivative at 0 is 0."""
-    return _elementwise(sympy.Abs, x)
+    return _elementwise(f.Abs, x)
 
 
 def sign(x: object) -> Term:
     """−1, 0 or 1; its derivative is 0."""
-    return _elementwise(sympy.sign, x)
+    return _elementwise(f.sign, x)
 
 
 def sqrt(x: object) -> Term:

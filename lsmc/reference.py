@@ -114,9 +114,7 @@ class reference:
             # unbind, not indexing: its backward stacks once instead of adding T zero-padded slices
             return list(value.expand(value.shape[0], sizes.T, *value.shape[2:]).unbind(1))
 
-        decays = [
-            over_tokens(part) for part in (c.decay_k, c.decay_v, c.decay_kv) if part is not None
-        ]
+        decays = [over_tokens(part) for part in (c.decay_k, c.decay_v, c.decay_kv) if part is not None]
         decay_z = over_tokens(c.decay_k) if c.decay_k is not None else None
         keys_r = [over_tokens(read.key) for read in c.reads]
         keys_w = [over_tokens(write.key) for write in c.writes]

@@ -44,6 +44,7 @@ from lsmc.expr import (
     show,
     show_dims,
 )
+from lsmc.functions import Abs
 
 _NAME = re.compile(r"[a-zA-Z][a-zA-Z0-9_]{0,63}")
 # names that generated code, the operator's signature or the printed program use for themselves
@@ -152,6 +153,7 @@ class Term:
 
     def __getitem__(self, index: object) -> Term:
         where = here()
+        where = where.at("index") if where else None
         if isinstance(index, int) and not isinstance(index, bool):
             if index == 0:
                 return self
@@ -221,7 +223,7 @@ class Term:
         return self
 
     def __abs__(self) -> Term:
-        return Term(sympy.Abs(self.expr), here())
+        return Term(Abs(self.expr), here())
 
     # -- contraction
 
