@@ -12,12 +12,11 @@ Shapes: ``x (N, D)``; ``weights, experts (N, k)``; ``w_in (E, 2F, D)``; ``w_out 
 
 Three traps of ``grouped_mm`` are handled here and nowhere else: rows behind the last offset are uninitialised
 memory (they are masked), gradients may arrive expanded with stride 0 (they are made contiguous), and it
-serves only some types and devices (see :func:`_serves`). There is no host synchronisation on CUDA.
+serves only some types and devices (see :func:`_path`). There is no host synchronisation on CUDA.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,18 +38,16 @@ def _counts(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     return order, ends.to(torch.int32)
 
 
-@functools.lru_cache(maxsize=64)
-def _grouped_mm_serves(device: str, dtype: torch.dtype, capability: tuple[int, int] | None) -> bool:
-    if not hasattr(F, "grouped_mm") or device != "cuda" or dtype != torch.bfloat16:
-        return False
-    return capability is not None and capability >= (8, 0)
-
-
-def _serves(x: Tensor, *widths: int) -> bool:
-    """Whether ``grouped_mm`` multiplies these: bf16 on CUDA. On CPU reading the ends is free."""
-    capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else None
-    aligned = all(width * x.element_size() % _ALIGN_BYTES == 0 for width in widths)
-    return aligned and _grouped_mm_serves(x.device.type, x.dtype, capability)
+def _path(rows: Tensor, *widths: int) -> str:
+    """How to multiply group by group: ``grouped`` (grouped_mm: bf16 on CUDA), ``sliced`` (one matmul a group;
+    the ends are read, which is free on the CPU alone), or ``masked`` (every expert on all rows: costs E times
+    as much, for the types on CUDA that have no grouped kernel)."""
+    if rows.device.type == "cpu":
+        return "sliced"
+    aligned = all(width * rows.element_size() % _ALIGN_BYTES == 0 for width in widths)
+    if rows.is_cuda and rows.dtype == torch.bfloat16 and aligned and hasattr(F, "grouped_mm"):
+        return "grouped" if torch.cuda.get_device_capability(rows.device) >= (8, 0) else "masked"
+    return "masked"
 
 
 def _groups(ends: Tensor) -> Iterator[tuple[int, slice]]:
@@ -77,11 +74,12 @@ def _member(ends: Tensor, rows: int) -> Iterator[tuple[int, Tensor]]:
 
 def _times(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """``out[i] = rows[i] @ weight[group of i]``; rows behind the last group are 0. ``weight (E, a, b)``."""
-    if _serves(rows, weight.shape[1], weight.shape[2]):
+    path = _path(rows, weight.shape[1], weight.shape[2])
+    if path == "grouped":
         out = F.grouped_mm(rows, weight, offs=ends)
         return out.masked_fill(_behind(ends, rows.shape[0]), 0)
     out = rows.new_zeros(rows.shape[0], weight.shape[2])
-    if rows.device.type == "cpu":
+    if path == "sliced":
         for expert, group in _groups(ends):
             torch.mm(rows[group], weight[expert], out=out[group])
         return out
@@ -93,12 +91,13 @@ def _times(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 def _outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     """``out[e] = left[group e]^T @ right[group e]``, ``(E, a, b)``; an empty group gives zero."""
     shape = (ends.numel(), left.shape[1], right.shape[1])
-    if _serves(left, *shape[1:]):
+    path = _path(left, *shape[1:])
+    if path == "grouped":
         out = F.grouped_mm(left.t(), right, offs=ends)
         starts = F.pad(ends[:-1], (1, 0))
         return out.masked_fill((starts == ends).view(-1, 1, 1), 0)
     out = left.new_zeros(shape)
-    if left.device.type == "cpu":
+    if path == "sliced":
         for expert, group in _groups(ends):
             torch.mm(left[group].t(), right[group], out=out[expert])
         return out

@@ -44,8 +44,8 @@ class DemoConfig:
 
 def compiled_stages(declaration: Any) -> dict[str, str]:
     """Every printable stage of the compiler, by name."""
-    api = importlib.import_module("lsmc.api")
-    return {name: str(text) for name, text in api.explain(declaration).stages().items()}
+    explanation = importlib.import_module("lsmc").explain(declaration)
+    return {name: str(text) for name, text in explanation.stages().items()}
 
 
 def demo(config: DemoConfig) -> Path:

@@ -241,26 +241,12 @@ def _interruptible() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _tune_allocator() -> None:
-    """Let glibc keep freed blocks: activations of equal sizes come back each step, and mapping them anew is
-    slow."""
-    import ctypes
-
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        trim_threshold, mmap_threshold = -1, -3
-        libc.mallopt(mmap_threshold, 1 << 30)
-        libc.mallopt(trim_threshold, (1 << 31) - 1)
-
-
 class Trainer:
     """One run: a model with the protocol of ``HybridMoE``, a corpus and a configuration."""
 
     def __init__(self, config: TrainConfig, model: nn.Module, corpus: Corpus) -> None:
         self.config, self.corpus = config, corpus
         self.device = pick_device(config.device)
-        if self.device.type == "cpu":
-            _tune_allocator()
         self.model = model.to(self.device)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, config.weight_decay),

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lsmc.lowering import moe as moe_operator
 from lsmc.lowering.moe import moe_experts, moe_experts_op
 from lsmc.models import ModelConfig, MoeConfig
 from lsmc.models.moe import MixtureOfExperts
@@ -67,6 +68,20 @@ def test_experts_without_tokens_get_zero_gradient() -> None:
     assert w_out.grad is not None
     assert not w_in.grad[3:].any()
     assert not w_out.grad[3:].any()
+
+
+@pytest.mark.parametrize("path", ["grouped", "sliced", "masked"])
+def test_every_way_of_multiplying_groups_agrees(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moe_operator, "_path", lambda *_: path)
+    inputs = case(20, k=3, experts=6, dim=8, width=4, dtype=torch.float32)
+    inputs[2][::3] = -1  # rows behind the last group
+    inputs[2][inputs[2] == 4] = 2  # an empty group
+    exact_inputs = tuple(t.detach().double().requires_grad_() if t.is_floating_point() else t for t in inputs)
+    ours, exact = moe_experts(*inputs), dense(*exact_inputs)
+    gradients = torch.autograd.grad(ours.sum(), differentiable(inputs))
+    expected = torch.autograd.grad(exact.sum(), differentiable(exact_inputs))
+    for a, b in zip((ours, *gradients), (exact, *expected)):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("nobody", [-1, 5, 99])
