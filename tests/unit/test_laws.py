@@ -100,6 +100,20 @@ def test_a_planted_fault_is_found_by_the_law_that_it_breaks(fault: type[Recurren
     assert "the smallest failing case: Case(batch=1" in str(caught.value)
 
 
+class Crashes(Recurrence):
+    def __call__(self, **options: Any) -> Any:
+        if options["v"].shape[1] > 2:
+            raise IndexError("out of range")
+        return super().__call__(**options)
+
+
+def test_a_crash_is_reported_with_its_case_and_its_cause() -> None:
+    with pytest.raises(lsmc.LsmCheckError, match="IndexError: out of range") as caught:
+        laws.check(Crashes(simple()), examples=20, laws=["split_equals_whole"])
+    assert "time=3" in str(caught.value)
+    assert isinstance(caught.value.__cause__, IndexError)
+
+
 def test_a_failing_case_is_shrunk_to_the_smallest_that_fails() -> None:
     with pytest.raises(lsmc.LsmCheckError) as caught:
         laws.check(WrongInLongSequences(simple()), examples=30, laws=["chunk_form_equals_recurrence"])
