@@ -376,6 +376,9 @@ def canonicalise(
         name, decay_k, decay_v, decay_kv, {m: expand(f) for m, f in kept.items()}, reads_decayed, spot
     )
 
+    if decay_k is not None and decay_v is None and decay_kv is None:
+        used, pairs = _after_decay(decay_k, used, pairs, reads)
+
     # names in a standard order: by place, then by the text of the key
     order = sorted(used, key=lambda symbol: (used[symbol][0].name != previous.name, show(used[symbol][1])))
     rename = {symbol: Field(f"R{i}", ("V",)) for i, symbol in enumerate(order)}
@@ -415,6 +418,32 @@ def canonicalise(
         name, inputs, decay_k, decay_v, decay_kv, read_list, writes, queries, output, normalizer,
         {key: value for key, value in defaults.items() if key in known},
     )  # fmt: skip
+
+
+def _after_decay(
+    decay_k: sympy.Expr,
+    used: dict[Field, tuple[Field, sympy.Expr]],
+    pairs: list[tuple[sympy.Expr, sympy.Expr]],
+    reads: _Reads,
+) -> tuple[dict[Field, tuple[Field, sympy.Expr]], list[tuple[sympy.Expr, sympy.Expr]]]:
+    """(e^g ⊙ x) · M_{s-1} is x · D(M_{s-1}): reads that always come with the whole decay are of the decayed memory."""
+    factors = [exp(part) for part in sympy.Add.make_args(decay_k)]
+    over_k = sympy.Mul(*(factor for factor in factors if dims_of(factor)))
+    scalars = sympy.Mul(*(factor for factor in factors if not dims_of(factor)))
+
+    def divided(expr: sympy.Expr) -> bool:
+        return any(power.base in factors and power.exp.is_negative for power in expr.atoms(sympy.Pow))
+
+    for symbol, (memory, key) in sorted(used.items(), key=lambda item: show(item[1][1])):
+        bare = expand(key / over_k)
+        if memory != MEMORY["previous"] or divided(bare):
+            continue
+        after = reads.symbol(MEMORY["decayed"], bare)
+        values = [expand(tidy(value.xreplace({symbol: after / scalars}))) for _, value in pairs]
+        if not any(map(divided, values)):
+            pairs = [(at, value) for (at, _), value in zip(pairs, values, strict=True)]
+            used = {s: read for s, read in used.items() if s != symbol} | {after: (MEMORY["decayed"], bare)}
+    return used, pairs
 
 
 def _restore(expr: sympy.Expr, reads: _Reads) -> sympy.Expr:

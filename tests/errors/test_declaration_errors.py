@@ -6,12 +6,14 @@ import linecache
 import pickle
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 import lsmc
 from lsmc import errors
+from lsmc.chunk import derive
 
 # the mistake, the program (the last line is the wrong one), the class, and the text that is underlined
 PROGRAMS: list[tuple[str, str, type[errors.LsmError], str]] = [
@@ -146,6 +148,24 @@ def test_a_method_that_is_not_affine_says_so_without_running() -> None:
     error = errors.LsmNotAffineError.of("m", "tanh(R0)", ["R0"])
     assert "tanh(R0)" in str(error)
     assert "help:" in str(error)
+
+
+UNCHUNKED: list[tuple[str, type[errors.LsmError], str]] = [
+    ('m = LSM("m", update=outer(k, tanh(v - k @ M)))', errors.LsmNotAffineError, "tanh"),
+    ('m = LSM("m", decay=Matrix("A"), update=outer(k, v))', errors.LsmNoChunkFormError, "does not factor"),
+]
+
+
+@pytest.mark.parametrize("program, kind, match", UNCHUNKED)
+def test_what_has_no_chunk_form_says_so_when_one_is_asked_for(
+    program: str, kind: type[errors.LsmError], match: str
+) -> None:
+    user: dict[str, Any] = {"__name__": "user"}
+    exec("from lsmc import *\n" + program, user)
+    start = time.perf_counter()
+    with pytest.raises(kind, match=match):
+        derive(user["m"].canonical)
+    assert time.perf_counter() - start < 1
 
 
 # --- calls

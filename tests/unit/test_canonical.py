@@ -53,6 +53,17 @@ SAME: dict[str, list[LSM]] = {
         LSM("m", decay=g, update=-beta * grad(norm2(k @ M.decayed - v) / 2, M.decayed)),
         LSM("m", decay=g, recurrence=(eye - beta * outer(k, k)) @ M.decayed + beta * outer(k, v)),
     ],
+    "the same with the decay as a factor": [
+        LSM("m", decay=g, update=beta * outer(k, v - k @ M.decayed)),
+        LSM("m", recurrence=lsmc.exp(scalar("g")) * ((eye - beta * outer(k, k)) @ M) + beta * outer(k, v)),
+        LSM("m", recurrence=(eye - beta * outer(k, k)) @ (lsmc.exp(scalar("g")) * M) + beta * outer(k, v)),
+        LSM("m", decay=g, update=beta * outer(k, v - lsmc.exp(scalar("g")) * (k @ M))),
+    ],
+    "the same with a decay over K": [
+        LSM("m", decay=Vector("g"), update=beta * outer(k, v - k @ M.decayed)),
+        LSM("m", recurrence=(eye - beta * outer(k, k)) @ lsmc.diag(lsmc.exp(vector("g"))) @ M + beta * outer(k, v)),
+        LSM("m", recurrence=(eye - beta * outer(k, k)) @ (lsmc.exp(vector("g")) * M) + beta * outer(k, v)),
+    ],
     "a decay in the update": [
         LSM("m", decay=Scalar(lsmc.log1p(-beta)), update=outer(k, v)),
         LSM("m", update=outer(k, v) - beta * M),
@@ -65,8 +76,7 @@ SAME: dict[str, list[LSM]] = {
     ],
     "a feature map": [
         LSM("m", update=outer(lsmc.elu(k) + 1, v - (lsmc.elu(k) + 1) @ M)),
-        LSM("m", update=outer(lsmc.elu(k), v - (1 + lsmc.elu(k)) @ M) + outer(1 + 0 * k, v) - ((lsmc.elu(k) + 1) @ M)
-            if False else outer(lsmc.elu(k) + 1, v) - outer(1 + lsmc.elu(k), 1 + lsmc.elu(k)) @ M),
+        LSM("m", update=outer(lsmc.elu(k) + 1, v) - outer(1 + lsmc.elu(k), 1 + lsmc.elu(k)) @ M),
     ],
     "a bonus": [
         LSM("m", update=outer(k, v), readout=q @ (M.previous + outer(beta * k, v))),
