@@ -28,6 +28,7 @@ class Compiled:
         self.program, self.schedule = program, schedule
         self.source, self.kernels = emit(program, schedule)
         self.hash = kernels.digest(self.source + getsource(triton_tiles))
+        self.plans: dict[str, dict[str, int]] = {}  # by kernel: what a tuner found, over `plan_of`
 
     @cached_property
     def functions(self) -> dict[str, Any]:
@@ -54,7 +55,8 @@ class _Launch:
     def __init__(self, compiled: Compiled, inputs: Mapping[str, Tensor], memories: Mapping[str, Tensor | None], chunk: int,
                  cu_seqlens: Tensor | None, dtypes: Mapping[str, torch.dtype]) -> None:
         self.compiled, self.program, self.memories = compiled, compiled.program, memories
-        self.chunk, self.dtypes = chunk, dtypes
+        self.chunk, self.dtypes = max(chunk, 16), dtypes  # matrix units take 16 rows at least
+        chunk = self.chunk
         self.size: dict[str, int] = {"1": 1}
         self.inputs: dict[str, Tensor] = {}
         self.heads, tokens = 1, None
@@ -122,7 +124,8 @@ class _Launch:
                 args[f"s_{c.name}"] = self.saved[c.name] = self.empty((self.chunks, self.heads, r, v), torch.float32)
         for c in k.loads:
             args[f"s_{c.name}"] = self.saved[c.name]
-        plan = plan_of(k, self.size.get("K", 1), self.size.get("V", 1), self.sequences * self.heads)
+        plan = plan_of(k, self.size.get("K", 1), self.size.get("V", 1), self.sequences * self.heads, self.chunk)
+        plan |= self.compiled.plans.get(k.name, {})
         blocks = 1
         if k.split:
             blocks = triton.cdiv(self.size[k.split], plan["BK" if k.split == "K" else "BV"])
@@ -159,7 +162,7 @@ class _Launch:
         return self.outputs, self.ends
 
 
-def plan_of(k: Emitted, key: int, value: int, sequences: int) -> dict[str, int]:
+def plan_of(k: Emitted, key: int, value: int, sequences: int, chunk: int) -> dict[str, int]:
     """Block sizes, warps and pipeline stages of one launch."""
     size = {"K": max(16, triton.next_power_of_2(key)), "V": max(16, triton.next_power_of_2(value))}
     if k.split:

@@ -292,14 +292,14 @@ class _Writer:
             offset, mask, elements = self._memory(c)
             w(f"v{c.inp} = tl.load(s_{c.name} + saved * ({elements}) + {offset}, mask={mask}, other=0.0).to(tl.float32)")
             self.done.add(c.inp)
-        last = {i: n for n, i in ((n, op.id) for n, op in self.stores)}
+        waiting = list(self.stores)
         for op in self.body:
             if op.id not in self.done:
                 self._op(op)
                 self.done.add(op.id)
-        del last
-        for name, op in self.stores:
-            self._store(name, op)
+            for name, value in [s for s in waiting if s[1].id in self.done]:
+                self._store(name, value)  # as early as it can be: the registers are needed
+                waiting.remove((name, value))
         for c in self.carries:
             w(f"m_{c.name} = v{c.out}")
 

@@ -18,7 +18,7 @@ import triton.language as tl
 @triton.jit
 def dot(a, b, DT: tl.constexpr):
     """a @ b on the matrix units."""
-    if DT == tl.float32:
+    if tl.float32 == DT:
         out = tl.dot(a, b, input_precision="ieee")
     else:
         out = tl.dot(a.to(DT), b.to(DT))
@@ -28,7 +28,7 @@ def dot(a, b, DT: tl.constexpr):
 @triton.jit
 def exact_dot(a, b, DT: tl.constexpr):
     """a @ b to nearly float32 precision."""
-    if DT == tl.float32:
+    if tl.float32 == DT:
         out = tl.dot(a, b, input_precision="ieee")
     else:
         out = tl.dot(a, b, input_precision="tf32x3")
@@ -38,7 +38,7 @@ def exact_dot(a, b, DT: tl.constexpr):
 @triton.jit
 def select_dot(m, x, DT: tl.constexpr):
     """M @ x for a mask M (0/1 exactly): x in two pieces keeps 16 bits of each summand."""
-    if DT == tl.bfloat16:
+    if tl.bfloat16 == DT:
         high = x.to(tl.bfloat16)
         low = (x - high.to(tl.float32)).to(tl.bfloat16)
         one = m.to(tl.bfloat16)
@@ -60,7 +60,10 @@ def keep(x, mask, ON: tl.constexpr):
 @triton.jit
 def cumsum(x, REVERSE: tl.constexpr, EXCLUSIVE: tl.constexpr):
     """Running sum over the rows."""
-    y = tl.cumsum(x, axis=0, reverse=REVERSE)
+    if x.shape[1] == 1:  # Triton has no scan of columns of width 1
+        y = tl.cumsum(tl.reshape(x, [x.shape[0]]), axis=0, reverse=REVERSE)[:, None]
+    else:
+        y = tl.cumsum(x, axis=0, reverse=REVERSE)
     if EXCLUSIVE:
         y = y - x
     return y
@@ -83,13 +86,13 @@ def between(g, STRICT: tl.constexpr, BEFORE: tl.constexpr, DT: tl.constexpr):
     """exp(sum of g over (j, i]) for j < i (j <= i unless strict), else 0; (j, i) when `before`."""
     i = tl.arange(0, g.shape[0])[:, None]
     j = tl.arange(0, g.shape[0])[None, :]
-    if DT == tl.float32:  # sums of up to 64 terms without a difference
+    if tl.float32 == DT:  # sums of up to 64 terms without a difference
         s = tl.cumsum(tl.where(j < i, tl.broadcast_to(g, [g.shape[0], g.shape[0]]), 0.0), axis=0)
         if BEFORE:
             s = s - tl.where(j < i, g, 0.0)
     else:
-        total = tl.cumsum(g, axis=0)
-        s = total - tl.trans(total)
+        total = tl.cumsum(tl.reshape(g, [g.shape[0]]), axis=0)
+        s = total[:, None] - total[None, :]
         if BEFORE:
             s = tl.where(j < i, s - g, 0.0)
     if STRICT:

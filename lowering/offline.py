@@ -1,0 +1,93 @@
+"""Compile generated kernels for Hopper (sm_90a) on any machine: registers, spills and shared memory.
+
+    resources(compiled, key=128, value=128)   →  one `Resources` per kernel
+
+Needs Triton with its own ptxas, no GPU. Not available in a process that runs Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lsmc.lowering.backends.triton import Compiled, plan_of
+from lsmc.lowering.backends.triton_emit import Emitted
+
+PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one kernel takes on the device; spills are bytes a thread stores to local memory."""
+
+    kernel: str
+    registers: int
+    spills: int
+    shared: int
+    wgmma: int
+    warps: int
+    stages: int
+
+    def __str__(self) -> str:
+        return (f"{self.kernel}: {self.registers} registers, {self.spills} B spilled, {self.shared / 1024:.0f} KB shared, "
+                f"{self.wgmma} wgmma, {self.warps} warps, {self.stages} stages")
+
+
+def resources(compiled: Compiled, key: int = 128, value: int = 128, chunk: int = 64, dtype: str = "bf16",
+              sequences: int = 128, **plan: int) -> list[Resources]:
+    """Compile every kernel of a program for the given sizes; `plan` overrides blocks, `num_warps` and `num_stages`."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("Triton's interpreter is on in this process (TRITON_INTERPRET=1): compile in another one")
+    return [_one(compiled, k, key, value, chunk, dtype, plan_of(k, key, value, sequences, chunk) | plan)
+            for k in compiled.kernels]
+
+
+def _one(compiled: Compiled, k: Emitted, key: int, value: int, chunk: int, dtype: str, plan: dict[str, int]) -> Resources:
+    function: Any = compiled.functions[k.name]
+    types = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
+    plan = dict(plan)
+    options = {o: plan.pop(o) for o in ("num_warps", "num_stages")}
+    constants: dict[str, Any] = {"C": chunk, "LEVELS": chunk.bit_length() - 1, "K": key, "V": value, "PACKED": False,
+                                 "DT": types[dtype], **plan}
+    signature: dict[str, str] = {}
+    attrs: dict[tuple[int, ...], list[list[Any]]] = {}
+    for i, name in enumerate(function.arg_names):
+        if name.startswith("HAS_"):
+            constants[name] = True
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        if name.startswith(("p_", "o_")):
+            signature[name] = f"*{dtype}"
+        elif name.startswith(("i_", "e_", "s_")):
+            signature[name] = "*fp32"
+        elif name in ("cu", "first", "owner"):
+            signature[name] = "*i64"
+        else:
+            signature[name] = "i32"
+        if signature[name].startswith("*") or name.endswith(("_b", "_t", "_h")):
+            attrs[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attrs)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    ptx = made.asm["ptx"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        report = subprocess.run([str(PTXAS), "-v", "--gpu-name=sm_90a", str(path), "-o", str(path) + ".o"],
+                                capture_output=True, text=True, check=True).stderr
+
+    def number(pattern: str) -> int:
+        return int((re.search(pattern, report) or [0, 0])[1])
+
+    return Resources(k.name, number(r"Used (\d+) registers"), number(r"(\d+) bytes spill stores"), made.metadata.shared,
+                     ptx.count("wgmma.mma_async"), options["num_warps"], options["num_stages"])
