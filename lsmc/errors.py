@@ -1,6 +1,6 @@
 """One exception class per user mistake, each showing the source line and the offending term.
 
-    lsmc.LsmShapeError: gla.py:7: M = decay(a) * M + outer(k, v)
+    lsmc.LsmShapeError: own.py:7: M = decay(a) * M + outer(k, v)
                                       ^^^^^^^^ decay has dims (V,); this memory decays along (K,)
     help: declare a = Vector("a", over="K")
 

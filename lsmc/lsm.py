@@ -1,7 +1,7 @@
 """`LSM`: the declaration of a linear sequence model, a pair (decay type, update rule) and optionally a
 readout.
 
-    gla = LSM("gla", decay=Vector("g"), update=outer(k, v))
+    own = LSM("own", decay=Vector("g"), update=outer(k, v))
 
 says  M_s = D_s(M_{s-1}) + update,  o_s = q_s · M_s.  In an update `M` is the memory before the decay and
 `M.decayed` after it; in a readout `M` is the updated memory.  Declaring costs milliseconds and runs

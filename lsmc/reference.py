@@ -1,6 +1,6 @@
 """The oracle: any declaration, one step at a time, in float64.
 
-    reference(gla)(q=q, k=k, v=v, g=g)
+    reference(own)(q=q, k=k, v=v, g=g)
 
 interprets the canonical form, sharing nothing with the chunk program: what depends on inputs alone is
 evaluated for all tokens at once, then a loop over the tokens reads, writes and decays the memory.
