@@ -69,8 +69,10 @@ class MixtureOfExperts(nn.Module):
         weights, experts = probabilities.topk(self.top_k, dim=-1)
         if self.renormalise:
             weights = weights / weights.sum(-1, keepdim=True)
-        chosen = F.one_hot(experts, self.experts).sum((0, 1))
-        load = chosen.to(logits.dtype) / max(1, experts.numel())
+        # Whole numbers: their sums are exact in any order, so the load is reproducible.
+        flat = experts.flatten()
+        ones = torch.ones_like(flat, dtype=logits.dtype)
+        load = logits.new_zeros(self.experts).scatter_add(0, flat, ones) / max(1, flat.shape[0])
         balance = self.experts * (load * probabilities.mean(0)).sum()
         z = logits.logsumexp(-1).square().mean()
         return weights, experts, RouterStatistics(load, balance, z)

@@ -76,10 +76,8 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: 
         if name.startswith("optimizer."):
             _, key, parameter = name.split(".", 2)
             target = parameters[parameter]
-            # A step count of an unfused optimizer stays on the host; moments live with their parameter.
-            optimizer.state[target][key] = (
-                tensor.clone() if tensor.ndim == 0 else tensor.to(target.device).clone()
-            )
+            # Step counts too: a fused optimizer keeps them beside the parameter.
+            optimizer.state[target][key] = tensor.to(target.device).clone()
 
 
 def generator_tensors() -> dict[str, Tensor]:
@@ -112,6 +110,13 @@ def latest(folder: Path) -> Path:
     raise LsmCheckpointError(f"there is no checkpoint in {folder}")
 
 
+def _discard(path: Path) -> None:
+    """Delete a checkpoint so that no half of it ever looks whole."""
+    doomed = path.with_name(f".writing-old-{path.name}-{os.getpid()}")
+    os.rename(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
 def save(
     folder: Path,
     state: State,
@@ -136,11 +141,11 @@ def save(
     for path in (*(writing / file for file in _FILES), writing / "state.json", writing):
         _sync(path)
     if target.exists():
-        shutil.rmtree(target)
+        _discard(target)
     os.rename(writing, target)
     _sync(folder)
     for old in steps(folder)[: -max(1, keep)]:
-        shutil.rmtree(old)
+        _discard(old)
     return target
 
 

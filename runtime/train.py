@@ -217,7 +217,8 @@ def build_model(config: TrainConfig, vocabulary: int) -> nn.Module:
         activation_checkpointing=config.activation_checkpointing,
         moe=moe,
     )
-    return models.HybridMoE(sized)
+    with pick_device(config.device):  # large models are filled where they will live
+        return models.HybridMoE(sized)
 
 
 @contextlib.contextmanager
