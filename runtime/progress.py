@@ -28,7 +28,7 @@ def bars(load: list[float]) -> str:
 
 
 class Progress:
-    """A panel that redraws itself on a terminal; elsewhere a line now and then."""
+    """A panel that redraws itself on a terminal; elsewhere a line now and then. ``steps`` 0: the clock decides."""
 
     def __init__(self, steps: int, quiet: bool = False, interval: float = 10.0) -> None:
         self.steps, self.quiet, self.interval = steps, quiet, interval
@@ -67,9 +67,12 @@ class Progress:
         elif time.monotonic() - self.printed >= self.interval:
             self.printed = time.monotonic()
             self.note(
-                f"step {record['step']}/{self.steps}  {record['bits_per_byte']:.3f} bits/byte  "
+                f"{self._step(record)}  {record['bits_per_byte']:.3f} bits/byte  "
                 f"{record['tokens_per_second']:,.0f} tokens/s  {clock(record['elapsed'])}, {clock(left)} left"
             )
+
+    def _step(self, record: dict[str, Any]) -> str:
+        return f"step {record['step']}" + (f" of {self.steps}" if self.steps else "")
 
     def _panel(self, record: dict[str, Any], left: float) -> Panel:
         table = Table.grid(padding=(0, 2))
@@ -84,4 +87,4 @@ class Progress:
         load = Table.grid(padding=(0, 2))
         load.add_row("expert load", *(Text(bars(layer[:16]), style="cyan") for layer in shown))
         bar = ProgressBar(total=record["elapsed"] + left, completed=record["elapsed"])
-        return Panel(Group(table, load, bar), title=f"step {record['step']} / {self.steps}", expand=False)
+        return Panel(Group(table, load, bar), title=self._step(record), expand=False)

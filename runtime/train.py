@@ -69,7 +69,7 @@ class TrainConfig:
     """Stop after so many seconds of training and let the schedule follow the clock too (0: steps alone
     decide, and the run is reproducible)."""
 
-    lr: float = 4e-3
+    lr: float = 3e-3
     min_lr: float = 0.05
     """Final learning rate as a share of ``lr``."""
     warmup: int = 20
@@ -445,7 +445,7 @@ def train(config: TrainConfig, model: nn.Module | None = None, quiet: bool = Fal
         trainer.resume()
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(to_json(config), indent=1))
-    with Progress(config.steps, quiet=quiet) as progress:
+    with Progress(0 if config.max_seconds else config.steps, quiet=quiet) as progress:
         progress.note(corpus.description)
         progress.note(f"{len(corpus.train):,} tokens, {len(corpus.held_out):,} held out")
         result = trainer.run(progress)

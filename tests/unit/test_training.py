@@ -16,9 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lsmc import zoo
 from lsmc.models import HybridMoE, ModelConfig, MoeConfig
 from lsmc.runtime import checkpoint, data
 from lsmc.runtime.data import Batches, ByteTokenizer, DataConfig, evaluation_batches
+from lsmc.runtime.demo import DemoConfig, compiled_stages, demo
 from lsmc.runtime.errors import LsmCheckpointError, LsmConfigError, LsmDataError
 from lsmc.runtime.generate import GenerateConfig, generate, load_model, sample
 from lsmc.runtime.progress import Progress
@@ -242,7 +244,7 @@ def test_ctrl_c_saves_and_resume_goes_on_bit_for_bit(tmp_path: Path, monkeypatch
 def test_resuming_another_run_names_the_setting(tmp_path: Path) -> None:
     config = settings(tmp_path, steps=1)
     train(config, small_model(), quiet=True)
-    with pytest.raises(LsmCheckpointError, match=r"TrainConfig\.lr was 0\.004, now it is 0\.1"):
+    with pytest.raises(LsmCheckpointError, match=r"TrainConfig\.lr was 0\.003, now it is 0\.1"):
         train(dataclasses.replace(config, lr=0.1, resume=True), small_model(), quiet=True)
     Path(config.data.source).write_text(TEXT + "more")
     with pytest.raises(LsmCheckpointError, match="the text is not the one"):
@@ -388,6 +390,24 @@ def test_the_coldest_sample_is_the_likeliest_token_of_the_parallel_forward() -> 
             text = torch.cat([text, model(text)[:, -1:].argmax(-1)], 1)
     assert torch.equal(cold, text[:, 5:])
     assert torch.equal(narrow, cold)
+
+
+def test_the_demo_shows_the_compiler_trains_and_writes_a_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    method = zoo.names()[0]
+    config = DemoConfig(
+        lsm=method, source=str(tmp_path / "text.txt"), out=tmp_path / "run", seconds=1.0, tokens=20
+    )
+    report = demo(config)
+    shown = capsys.readouterr().out
+    page = report.read_text()
+    for stage in compiled_stages(getattr(zoo, method)):
+        assert stage in shown
+        assert f"<summary>{stage}</summary>" in page
+    assert ">Sample<" in page
+    assert "held out" in shown
 
 
 @pytest.mark.parametrize(
