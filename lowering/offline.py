@@ -67,7 +67,7 @@ def _one(compiled: Compiled, k: Emitted, key: int, value: int, chunk: int, dtype
         if name in constants:
             signature[name] = "constexpr"
             continue
-        if name.startswith(("p_", "o_")):
+        if name.startswith(("p_", "o_", "t_")):
             signature[name] = f"*{dtype}"
         elif name.startswith(("i_", "e_", "s_")):
             signature[name] = "*fp32"

@@ -54,6 +54,7 @@ from lsmc.reference import reference
 from lsmc.terms import M, diag, eye, grad, k, matrix, norm2, outer, q, scalar, total, v, vector
 
 from lsmc import zoo  # isort: skip  (its files import the names above)
+from lsmc.api import check, compile, explain  # isort: skip
 
 __version__ = "0.1.0"
 
@@ -84,11 +85,14 @@ __all__ = [
     "Scalar",
     "Vector",
     "abs",
+    "check",
+    "compile",
     "cos",
     "diag",
     "elu",
     "erf",
     "exp",
+    "explain",
     "expm1",
     "eye",
     "gelu",

@@ -10,6 +10,7 @@ nothing; every mistake that can be seen without tensors is raised here, at the l
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,12 @@ if TYPE_CHECKING:
 
 
 _IDENTITY = Identity()
+_DECLARED: dict[str, LSM] = {}
+
+
+def declared(key: str) -> LSM:
+    """The declaration whose `key` stands in a compiled graph."""
+    return _DECLARED[key]
 
 
 class LSM:
@@ -58,6 +65,8 @@ class LSM:
     update: sympy.Expr
     readout: sympy.Expr
     where: Where | None
+    key: str
+    """Names the declaration in compiled graphs: its name and a hash of its canonical form."""
 
     def __init__(
         self,
@@ -91,6 +100,9 @@ class LSM:
             object.__setattr__(self, key, value)
         _check_names(self._terms(), where)
         _ = self.canonical  # mistakes show at the declaration
+        digest = hashlib.sha256(f"{self.canonical}".encode()).hexdigest()[:16]
+        object.__setattr__(self, "key", f"{name}_{digest}")
+        _DECLARED[self.key] = self
 
     def _terms(self) -> list[tuple[str, sympy.Expr]]:
         decays = [

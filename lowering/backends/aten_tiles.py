@@ -41,7 +41,7 @@ def between_grad(w: Tensor, before: bool) -> Tensor:
 def inverse(lower: Tensor) -> Tensor:
     """(I + L)⁻¹ for strictly lower L by blocks: [[A, 0], [L, B]]⁻¹ = [[A⁻¹, 0], [−B⁻¹ L A⁻¹, B⁻¹]]."""
     c, s = lower.shape[-1], 2
-    inv = torch.ones_like(lower[..., :1, :1]).expand(*lower.shape[:-2], c, 1, 1)
+    inv = torch.ones_like(lower[..., :1, :1])[..., None].expand(*lower.shape[:-2], c, 1, 1)
     while s <= c:
         pair = inv.unflatten(-3, (c // s, 2))
         a, b = pair.select(-3, 0), pair.select(-3, 1)

@@ -124,6 +124,10 @@ class _Launch:
                 args[f"s_{c.name}"] = self.saved[c.name] = self.empty((self.chunks, self.heads, r, v), torch.float32)
         for c in k.loads:
             args[f"s_{c.name}"] = self.saved[c.name]
+        for op in k.makes:
+            shape = (self.chunks, self.heads, self.chunk, self.chunk)
+            self.saved[f"t_{op.id}"] = self.empty(shape, self.like.dtype)
+        args |= {f"t_{op.id}": self.saved[f"t_{op.id}"] for op in (*k.makes, *k.takes)}
         plan = plan_of(k, self.size.get("K", 1), self.size.get("V", 1), self.sequences * self.heads, self.chunk)
         plan |= self.compiled.plans.get(k.name, {})
         blocks = 1

@@ -33,6 +33,8 @@ class Emitted:
     stores: tuple[tuple[str, Op], ...]
     carries: tuple[Carry, ...]
     loads: tuple[Carry, ...]
+    makes: tuple[Op, ...]
+    takes: tuple[Op, ...]
     split: str | None
     products: bool
     source: str
@@ -55,15 +57,52 @@ def contracts(program: Program, op: Op) -> set[str]:
     return set()
 
 
-def splittable(program: Program, kernel: Kernel) -> str | None:
+def splittable(program: Program, kernel: Kernel, made: Iterable[int] = ()) -> str | None:
     """A dimension, V before K, along which programs can share the kernel's work: nothing in its body contracts it."""
-    body = kernel.body(program)
+    body = program.ancestors(_roots(program, kernel), made)
     summed = set[str]().union(*(contracts(program, op) for op in body))
+    outputs = [program.index[i].dims for n, i in program.outputs if n in kernel.stores]
+    outputs += [program.index[c.inp].dims for c in program.carries if c.name in kernel.carries]
     for dim in ("V", "K"):
-        used = any(dim in program.index[c.inp].dims for c in program.carries if c.name in kernel.carries)
-        if used and dim not in summed:
+        if any(dim in d for d in outputs) and dim not in summed:
             return dim
     return None
+
+
+def _roots(program: Program, kernel: Kernel) -> list[int]:
+    roots = [i for n, i in program.outputs if n in kernel.stores]
+    return roots + [i for c in program.carries if c.name in kernel.carries for i in (c.out, c.inp)]
+
+
+def costly(program: Program) -> set[int]:
+    """Products over pairs of tokens that no memory enters and that are dear: inverses, decayed products along K or V."""
+    memory = {op.id for op in program.inputs("carry")}
+    for op in program.ops:
+        if memory & set(op.args):
+            memory.add(op.id)
+    return {op.id for op in program.ops if op.id not in memory
+            and (op.kind == "inverse" or op.kind == "form" and op.attr("wrt") == "P")}
+
+
+def refine(program: Program, schedule: Schedule) -> tuple[tuple[Kernel, ...], frozenset[int]]:
+    """The kernels to launch, and the values that a first kernel, over all chunks in parallel, makes for the others.
+
+    Outputs of a chunks kernel part where one set contracts only V and another only K: each then splits over the other.
+    """
+    dear = costly(program)
+    kernels: list[Kernel] = []
+    for k in schedule.kernels:
+        groups: dict[str | None, list[str]] = {}
+        for n in k.stores:
+            groups.setdefault(splittable(program, Kernel(k.name, (), (), (n,)), dear), []).append(n)
+        if k.carries or len(groups) < 2:
+            kernels.append(k)
+        else:
+            kernels += [Kernel(f"{k.name}_{d or 'whole'}", (), (), tuple(g)) for d, g in groups.items()]
+    used = [{a for op in program.ancestors(_roots(program, k), dear) for a in op.args} & dear for k in kernels]
+    if len(kernels) == 1 and not kernels[0].carries:
+        return tuple(kernels), frozenset()
+    return tuple(kernels), frozenset().union(*used)
 
 
 def gates(program: Program) -> set[int]:
@@ -79,7 +118,9 @@ def gates(program: Program) -> set[int]:
 
 def emit(program: Program, schedule: Schedule) -> tuple[str, tuple[Emitted, ...]]:
     """The module's source and its kernels."""
-    parts = [_Writer(program, k).run() for k in schedule.kernels]
+    kernels, made = refine(program, schedule)
+    first = [_Writer(program, Kernel("prepare", (), (), ()), made, make=True)] if made else []
+    parts = [w.run() for w in (*first, *(_Writer(program, k, made) for k in kernels))]
     head = ['"""Generated from:', "", *str(program).replace("\\", "").splitlines(), "", *str(schedule).splitlines(), '"""', "",
             "import triton", "import triton.language as tl", "",
             "from lsmc.lowering.backends.triton_tiles import (", f"    {', '.join(TILES)},", ")", ""]
@@ -138,17 +179,21 @@ class _Expression:
 class _Writer:
     """Writes the source of one kernel."""
 
-    def __init__(self, program: Program, kernel: Kernel) -> None:
+    def __init__(self, program: Program, kernel: Kernel, made: frozenset[int], make: bool = False) -> None:
         self.program, self.kernel = program, kernel
         self.name = f"{program.name}_{kernel.name}"
-        self.body = kernel.body(program)
+        self.body = program.ancestors(made) if make else program.ancestors(_roots(program, kernel), made)
+        self.makes = tuple(program.index[i] for i in sorted(made)) if make else ()
+        used = {a for op in self.body for a in op.args} | set(_roots(program, kernel))
+        self.takes = () if make else tuple(program.index[i] for i in sorted(made & used))
         self.gates = gates(program)
-        self.split = splittable(program, kernel)
+        self.split = None if make else splittable(program, kernel, made)
         self.lines: list[str] = []
         self.indent = 1
         carried = {c.name: c for c in program.carries}
+        inside = {op.id for op in self.body}
+        self.loads = tuple(c for c in program.carries if c.inp in inside and c.name not in kernel.carries)
         self.carries = tuple(carried[n] for n in kernel.carries)
-        self.loads = tuple(carried[n] for n in kernel.loads(program))
         self.inputs = tuple(op for op in self.body if op.kind == "input" and op.attr("role") != "carry")
         ids = dict(program.outputs)
         self.stores = tuple((n, program.index[ids[n]]) for n in kernel.stores)
@@ -176,7 +221,8 @@ class _Writer:
             for c in self.carries:
                 self._end(c)
         source = self._signature() + "\n".join(self.lines) + "\n"
-        return Emitted(self.name, self.kernel, self.inputs, self.stores, self.carries, self.loads, self.split,
+        return Emitted(self.name, self.kernel, self.inputs, self.stores, self.carries, self.loads,
+                       self.makes, self.takes, self.split,
                        any(op.kind in ("form", "form_gate", "form_all", "inverse") for op in self.body), source)
 
     def _signature(self) -> str:
@@ -188,6 +234,7 @@ class _Writer:
         for c in self.carries:
             args += [f"i_{c.name}", f"e_{c.name}", *([f"s_{c.name}"] * (c.name in self.kernel.saves))]
         args += [f"s_{c.name}" for c in self.loads]
+        args += [f"t_{op.id}" for op in (*self.makes, *self.takes)]
         args += ["cu", "first", "owner", "T", "HV", "COUNT", "C: tl.constexpr", "LEVELS: tl.constexpr", "K: tl.constexpr",
                  "V: tl.constexpr", "BK: tl.constexpr", "BV: tl.constexpr", "PACKED: tl.constexpr", "DT: tl.constexpr"]
         args += [f"HAS_{c.name}: tl.constexpr" for c in self.carries]
@@ -292,6 +339,10 @@ class _Writer:
             offset, mask, elements = self._memory(c)
             w(f"v{c.inp} = tl.load(s_{c.name} + saved * ({elements}) + {offset}, mask={mask}, other=0.0).to(tl.float32)")
             self.done.add(c.inp)
+        tile = "saved * (C * C) + row * C + tl.arange(0, C)[None, :]"
+        for op in self.takes:
+            w(f"v{op.id} = tl.load(t_{op.id} + {tile}).to(tl.float32)")
+            self.done.add(op.id)
         waiting = list(self.stores)
         for op in self.body:
             if op.id not in self.done:
@@ -300,6 +351,8 @@ class _Writer:
             for name, value in [s for s in waiting if s[1].id in self.done]:
                 self._store(name, value)  # as early as it can be: the registers are needed
                 waiting.remove((name, value))
+        for op in self.makes:
+            w(f"tl.store(t_{op.id} + {tile}, v{op.id}.to(t_{op.id}.dtype.element_ty))")
         for c in self.carries:
             w(f"m_{c.name} = v{c.out}")
 

@@ -1,0 +1,70 @@
+"""The graph passes of `lsmc.compile`, applied to what Dynamo captured, before AOTAutograd and Inductor see it.
+
+A pass is `graph module → what it changed, in words`; `PASSES` lists them in order. Passes that insert collectives have
+their place between `find` and `drop_unused_states`: they rewrite the same graph, and autograd derives their backward.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from lsmc.lowering import ops
+
+log = logging.getLogger("lsmc.passes")
+Pass = Callable[[GraphModule], list[str]]
+
+
+def operators(module: GraphModule) -> Iterator[tuple[GraphModule, Node]]:
+    """Every LSM operator in a graph and in the graphs nested in it (checkpointed regions), with its graph."""
+    for inner in module.modules():
+        if isinstance(inner, GraphModule):
+            for node in inner.graph.nodes:
+                if node.target in (torch.ops.lsmc.fwd, torch.ops.lsmc.fwd.default):
+                    yield inner, node
+
+
+def find(module: GraphModule) -> list[str]:
+    """Record on each LSM node which plan it runs; later passes and reports read it from `meta["lsm"]`."""
+    found = []
+    for _, node in operators(module):
+        plan = ops.plan_of(str(node.args[3]))
+        node.meta["lsm"] = plan
+        found.append(f"{node.name} runs {plan.name} in chunks of {plan.chunk}, schedule {plan.forward.choice.schedule.name}")
+    return found
+
+
+def drop_unused_states(module: GraphModule) -> list[str]:
+    """Remove the `getitem` of final states that nothing uses, so that no code is generated around them."""
+    dropped = []
+    for inner, node in operators(module):
+        for user in list(node.users):
+            if not user.users and user.op == "call_function":
+                dropped.append(f"{user.name} of {node.name}")
+                inner.graph.erase_node(user)
+        inner.graph.lint()
+        inner.recompile()
+    return dropped
+
+
+PASSES: dict[str, Pass] = {"find": find, "drop_unused_states": drop_unused_states}
+
+
+def compile_graph(module: GraphModule, example_inputs: Sequence[Any], disable: Sequence[str] = (), **_: Any) -> Any:
+    """The backend that `lsmc.compile` gives to torch.compile: the passes, then Inductor."""
+    from torch._inductor.compile_fx import compile_fx
+
+    unknown = set(disable) - set(PASSES)
+    if unknown:
+        raise ValueError(f"no pass is called {', '.join(sorted(unknown))}; the passes are {', '.join(PASSES)}")
+    for name, run in PASSES.items():
+        if name in disable:
+            log.info("%s: switched off", name)
+            continue
+        for change in run(module):
+            log.info("%s: %s", name, change)
+    return compile_fx(module, list(example_inputs))

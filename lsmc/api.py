@@ -1,0 +1,185 @@
+"""What users call: the operator of a declaration, one decoding step, `compile`, `explain`, `check`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lsmc import inputs as checks
+from lsmc.errors import LsmMissingInputError
+from lsmc.laws import check
+from lsmc.lowering import ops
+from lsmc.lowering.inductor import PASSES, compile_graph
+from lsmc.lowering.plan import backend
+from lsmc.lsm import LSM, declared
+from lsmc.pipeline import CHUNK, Options, compile_plan, stages
+from lsmc.schedules import Shape
+
+State = Tensor | tuple[Tensor, ...]
+
+
+@torch._dynamo.assume_constant_result
+def _signature(key: str) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
+    """The names of a declaration's inputs, those that are matrices (cast by autocast), whether it has a normaliser."""
+    c = declared(key).canonical
+    casts = tuple(f.name for f in c.inputs if f.name in ("q", "k", "v"))
+    return tuple(f.name for f in c.inputs), casts, c.normalizer
+
+
+@torch._dynamo.assume_constant_result
+def _defaults(key: str, name: str, heads: int) -> tuple[float, ...]:
+    return tuple(float(x) for x in declared(key).canonical.defaults[name](heads))
+
+
+@torch._dynamo.assume_constant_result
+def _optional(key: str) -> tuple[str, ...]:
+    return tuple(declared(key).canonical.defaults)
+
+
+@functools.cache
+def _spec_of(key: str, device: str, options: tuple[Any, ...], sizes: tuple[int, ...] | None) -> str:
+    scale, chunk, schedule = options
+    made = Options(scale=scale, chunk=chunk, schedule=schedule, target=backend(device))
+    canonical = declared(key).canonical
+    if sizes is None:
+        return ops.register(compile_plan(canonical, made))
+    sequences, tokens, key_size, value_size = sizes
+    return ops.register(compile_plan(canonical, made, Shape(sequences, tokens, key_size, value_size, chunk)))
+
+
+@torch._dynamo.assume_constant_result
+def _spec(key: str, device: str, scale: float, chunk: int, schedule: str | None,
+          sizes: tuple[int, ...] | None) -> str:
+    return _spec_of(key, device, (scale, chunk, schedule), sizes)
+
+
+def _class(n: int) -> int:
+    """Sizes that share a schedule: powers of two, rounded up."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def call(declaration: LSM, *, initial_state: State | None = None, return_final_state: bool = False,
+         cu_seqlens: Tensor | None = None, scale: float = 1.0, chunk: int | None = None, schedule: str | None = None,
+         **inputs: Any) -> Any:
+    """o, or (o, state) with `return_final_state`: the method on whole sequences, differentiable in every input.
+
+    inputs              by name: q, k (B, T, H, K), v (B, T, HV, V), per token (B, T, HV, …), per head (HV, …); any
+                        strides, T ≥ 0, HV a multiple of H. Autocast casts q, k and v.
+    initial_state       M (B, HV, K, V), float32 (float64 with float64 inputs), or (M, Z) with a normaliser; zeros if None
+    cu_seqlens          (N+1,) int: packed sequences with B = 1, empty ones allowed; states are then (N, HV, K, V)
+    scale               multiplies q
+    chunk, schedule     fix what the compiler otherwise chooses: tokens per chunk (a power of two), a schedule's name
+
+    Raises LsmMissingInputError, LsmUnexpectedInputError, LsmShapeError, LsmDtypeError, LsmSequenceError before anything
+    runs, and LsmNotAffineError or LsmNoChunkFormError for declarations without a chunk form.
+    """
+    names, casts, normalizer = _signature(declaration.key)
+    tracing = torch.compiler.is_compiling()
+    if tracing:
+        tensors = _bind_traced(declaration, names, inputs)
+    else:
+        tensors, _ = checks.bind(declaration.canonical, inputs, initial_state=initial_state, cu_seqlens=cu_seqlens)
+    v = tensors[casts[-1]]
+    if torch.is_autocast_enabled(v.device.type):
+        dtype = torch.get_autocast_dtype(v.device.type)
+        for name in casts:
+            if tensors[name].dtype != torch.float64:
+                tensors[name] = tensors[name].to(dtype)
+        v = tensors[casts[-1]]
+    target_minimum = 1 if v.device.type == "cpu" and backend("cpu") == "aten" else 16
+    tokens = v.shape[1]
+    if chunk is None:
+        chunk = CHUNK
+        if not tracing:
+            chunk = max(target_minimum, min(CHUNK, _class(tokens)))
+    sizes = None
+    if not tracing:
+        sizes = (_class(v.shape[0] * v.shape[2]), _class(tokens), _class(tensors[casts[0]].shape[-1]), _class(v.shape[-1]))
+    spec = _spec(declaration.key, v.device.type, float(scale), chunk, schedule, sizes)
+    start: list[Tensor] = []
+    if initial_state is not None:
+        given = initial_state if isinstance(initial_state, tuple | list) else (initial_state,)
+        start = [s.to(ops.state_dtype(v.dtype)) for s in given]
+        if normalizer:
+            start[1] = start[1][..., None]
+    o, *ends = torch.ops.lsmc.fwd([tensors[n] for n in names], start, cu_seqlens, spec)
+    if not return_final_state:
+        return o
+    if normalizer:
+        return o, (ends[0], ends[1].squeeze(-1))
+    return o, ends[0]
+
+
+def _bind_traced(declaration: LSM, names: tuple[str, ...], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The inputs in order, defaults filled in; shapes are checked by the operators that are traced next."""
+    optional = _optional(declaration.key)
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        if inputs.get(name) is not None:
+            tensors[name] = inputs[name]
+        elif name not in optional:
+            raise LsmMissingInputError(f"{declaration.name} needs the input {name!r}")
+    like = tensors["v"] if "v" in tensors else next(iter(tensors.values()))
+    for name in names:
+        if name not in tensors:
+            dtype = ops.state_dtype(like.dtype)
+            tensors[name] = torch.tensor(_defaults(declaration.key, name, like.shape[2]), dtype=dtype, device=like.device)
+    return {name: tensors[name] for name in names}
+
+
+def step(declaration: LSM, *, state: State | None = None, scale: float = 1.0, **inputs: Any) -> tuple[Tensor, State]:
+    """One token of every sequence, (o (B, HV, V), new state): the parallel form at chunk length 1.
+
+    inputs are those of `call` without the T dimension: q, k (B, H, K), v (B, HV, V), gates (B, HV, …); `state` is what
+    the last step or `return_final_state` gave, zeros if None. Memory use does not grow with the tokens read.
+    """
+    if not torch.compiler.is_compiling():
+        checks.bind(declaration.canonical, inputs, initial_state=state, step=True)
+    tokens = {f.name for f in declaration.canonical.inputs if f.per == "token"}
+    wide = {n: x[:, None] if n in tokens and x is not None else x for n, x in inputs.items()}
+    o, new = call(declaration, initial_state=state, return_final_state=True, scale=scale, **wide)
+    return o[:, 0], new
+
+
+def compile(model: Any, *, mesh: Any = None, disable: tuple[str, ...] = (), **options: Any) -> Any:  # noqa: A001
+    """`torch.compile` with lsmc's graph passes in front: a module or function that trains as the original does.
+
+    model    any module or function; LSM operators in its graph are found by the passes
+    disable  names of passes to leave out; `lsmc.api.PASSES` lists them in order
+    options  further options of `torch.compile` (dynamic, fullgraph, mode)
+    mesh     reserved for a DeviceMesh; giving one raises NotImplementedError until collectives can be inserted
+    """
+    if mesh is not None:
+        raise NotImplementedError("lsmc.compile(model, mesh=...): collectives are not inserted yet; leave mesh out")
+    return torch.compile(model, backend=functools.partial(compile_graph, disable=tuple(disable)), **options)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Every stage between a declaration and the code that runs, as text; `str` joins them."""
+
+    name: str
+    text: Mapping[str, str]
+
+    def stages(self) -> dict[str, str]:
+        """Stage name → text, in the order of the pipeline."""
+        return dict(self.text)
+
+    def __str__(self) -> str:
+        return "\n\n".join(f"── {name} " + "─" * (90 - len(name)) + f"\n{text}" for name, text in self.text.items())
+
+
+def explain(declaration: LSM, *, scale: float = 1.0, chunk: int = CHUNK, schedule: str | None = None,
+            target: str = "triton", shape: Shape | None = None) -> Explanation:
+    """How a declaration is compiled, stage by stage; `target` is "triton" or "aten", `shape` what schedules are ranked at."""
+    options = Options(scale=scale, chunk=chunk, schedule=schedule, target=target)
+    made = stages(declaration.canonical, options) if shape is None else stages(declaration.canonical, options, shape)
+    return Explanation(declaration.name, {"declaration": repr(declaration), **made})
+
+
+__all__: list[str] = ["PASSES", "Explanation", "call", "check", "compile", "explain", "step"]
