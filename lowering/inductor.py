@@ -8,12 +8,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch.fx import GraphModule, Node
 
 from lsmc.lowering import ops
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def constant(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Tell Dynamo to run `function` on its constant arguments while tracing, and to keep the result as a constant."""
+    made: Callable[_P, _R] = torch._dynamo.assume_constant_result(function)
+    return made
+
 
 log = logging.getLogger("lsmc.passes")
 Pass = Callable[[GraphModule], list[str]]

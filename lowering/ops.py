@@ -63,9 +63,11 @@ def fwd(inputs: Sequence[Tensor], start: Sequence[Tensor], cu_seqlens: Tensor | 
     """Output (B, T, HV, V) and the final memories (B, HV, K, V or 1) of the method `spec`."""
     plan = _PLANS[spec]
     start = _start(plan, inputs, start, cu_seqlens)
+    _, v = extents(plan, inputs)
+    if v.shape[0] * v.shape[1] == 0:  # no token: nothing to run
+        return [_own(v), *(_own(s) for s in start)]
     outputs, ends = plan.forward.executable.launch(
         dict(zip(plan.inputs, inputs, strict=True)), dict(zip(plan.carries, start, strict=True)), plan.chunk, cu_seqlens)
-    _, v = extents(plan, inputs)
     return [_own(outputs["o"].to(v.dtype)), *(_own(ends[c]) for c in plan.carries)]
 
 
@@ -75,6 +77,8 @@ def bwd(inputs: Sequence[Tensor], start: Sequence[Tensor], cu_seqlens: Tensor | 
     """Gradients of `inputs`, then of the initial memories."""
     plan = _PLANS[spec]
     first = _start(plan, inputs, start, cu_seqlens)
+    if d_o.shape[0] * d_o.shape[1] == 0:
+        return [*(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs), *map(_own, d_end)]
     memories = dict(zip(plan.carries, first, strict=True))
     memories |= {f"d_{c}": d for c, d in zip(plan.carries, d_end, strict=True)}
     outputs, ends = plan.backward.executable.launch(

@@ -11,8 +11,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+import lsmc.lowering.backends.aten as aten
 from lsmc.ir import Program
-from lsmc.lowering.backends import aten
 from lsmc.schedules import Choice
 
 
@@ -42,7 +42,8 @@ class Direction:
     @cached_property
     def executable(self) -> Executable:
         if self.target == "triton":
-            from lsmc.lowering.backends import triton
+            import lsmc.lowering.backends.triton as triton
+
             return triton.Compiled(self.program, self.choice.schedule)
         return aten.Compiled(self.program, self.choice.schedule)
 

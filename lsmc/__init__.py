@@ -54,7 +54,8 @@ from lsmc.reference import reference
 from lsmc.terms import M, diag, eye, grad, k, matrix, norm2, outer, q, scalar, total, v, vector
 
 from lsmc import zoo  # isort: skip  (its files import the names above)
-from lsmc.api import check, compile, explain  # isort: skip
+from lsmc.api import compile, explain  # isort: skip
+from lsmc.laws import check  # isort: skip
 
 __version__ = "0.1.0"
 

@@ -1,4 +1,4 @@
-"""What users call: the operator of a declaration, one decoding step, `compile`, `explain`, `check`."""
+"""What users call: the operator of a declaration, one decoding step, `compile`, `explain`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from torch import Tensor
 
 from lsmc import inputs as checks
 from lsmc.errors import LsmMissingInputError
-from lsmc.laws import check
 from lsmc.lowering import ops
-from lsmc.lowering.inductor import PASSES, compile_graph
+from lsmc.lowering.inductor import PASSES, compile_graph, constant
 from lsmc.lowering.plan import backend
 from lsmc.lsm import LSM, declared
 from lsmc.pipeline import CHUNK, Options, compile_plan, stages
@@ -23,7 +22,7 @@ from lsmc.schedules import Shape
 State = Tensor | tuple[Tensor, ...]
 
 
-@torch._dynamo.assume_constant_result
+@constant
 def _signature(key: str) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
     """The names of a declaration's inputs, those that are matrices (cast by autocast), whether it has a normaliser."""
     c = declared(key).canonical
@@ -31,12 +30,12 @@ def _signature(key: str) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
     return tuple(f.name for f in c.inputs), casts, c.normalizer
 
 
-@torch._dynamo.assume_constant_result
+@constant
 def _defaults(key: str, name: str, heads: int) -> tuple[float, ...]:
     return tuple(float(x) for x in declared(key).canonical.defaults[name](heads))
 
 
-@torch._dynamo.assume_constant_result
+@constant
 def _optional(key: str) -> tuple[str, ...]:
     return tuple(declared(key).canonical.defaults)
 
@@ -52,7 +51,7 @@ def _spec_of(key: str, device: str, options: tuple[Any, ...], sizes: tuple[int, 
     return ops.register(compile_plan(canonical, made, Shape(sequences, tokens, key_size, value_size, chunk)))
 
 
-@torch._dynamo.assume_constant_result
+@constant
 def _spec(key: str, device: str, scale: float, chunk: int, schedule: str | None,
           sizes: tuple[int, ...] | None) -> str:
     return _spec_of(key, device, (scale, chunk, schedule), sizes)
@@ -146,7 +145,7 @@ def step(declaration: LSM, *, state: State | None = None, scale: float = 1.0, **
     return o[:, 0], new
 
 
-def compile(model: Any, *, mesh: Any = None, disable: tuple[str, ...] = (), **options: Any) -> Any:  # noqa: A001
+def compile(model: Any, *, mesh: Any = None, disable: tuple[str, ...] = (), **options: Any) -> Any:
     """`torch.compile` with lsmc's graph passes in front: a module or function that trains as the original does.
 
     model    any module or function; LSM operators in its graph are found by the passes
@@ -182,4 +181,4 @@ def explain(declaration: LSM, *, scale: float = 1.0, chunk: int = CHUNK, schedul
     return Explanation(declaration.name, {"declaration": repr(declaration), **made})
 
 
-__all__: list[str] = ["PASSES", "Explanation", "call", "check", "compile", "explain", "step"]
+__all__: list[str] = ["PASSES", "Explanation", "call", "compile", "explain", "step"]

@@ -55,7 +55,7 @@ class LsmIRError(LsmError):
 
 DIMS = ("T", "K", "V", "1")
 KINDS: dict[str, tuple[int, ...]] = {  # kind -> permitted operand counts
-    "input": (0,), "map": tuple(range(0, 17)), "expand": (1,), "transpose": (1,), "matmul": (2,), "sum": (1,), "max": (1,),
+    "input": (0,), "map": tuple(range(17)), "expand": (1,), "transpose": (1,), "matmul": (2,), "sum": (1,), "max": (1,),
     "cumsum": (1,), "mask": (1,), "valid": (1,), "form": (3,), "form_gate": (4,), "between": (1,), "between_grad": (1,),
     "solve": (2,), "inverse": (1,),
 }

@@ -23,15 +23,15 @@ from lsmc.lowering.backends import aten_tiles
 from lsmc.schedules import Schedule
 
 
-class _TorchPrinter(StrPrinter):  # type: ignore[misc]
+class _TorchPrinter(StrPrinter):
     """Prints an elementwise expression as torch calls."""
 
-    def _print_Function(self, expr: sympy.Function) -> str:  # noqa: N802
+    def _print_Function(self, expr: sympy.Function) -> str:
         return FUNCTIONS[type(expr).__name__].torch.format(f"({self._print(expr.args[0])})")
 
-    _print_Abs = _print_tanh = _print_sin = _print_cos = _print_sign = _print_Function  # noqa: N815
+    _print_Abs = _print_tanh = _print_sin = _print_cos = _print_sign = _print_Function
 
-    def _print_Pow(self, expr: sympy.Pow, rational: bool = False) -> str:  # noqa: N802
+    def _print_Pow(self, expr: sympy.Pow, rational: bool = False) -> str:
         base = self._print(expr.base)
         if expr.exp == -1:
             return f"torch.reciprocal({base})"
@@ -41,10 +41,10 @@ class _TorchPrinter(StrPrinter):  # type: ignore[misc]
             return f"torch.rsqrt({base})"
         return f"({base})**({self._print(expr.exp)})"
 
-    def _print_Rational(self, expr: sympy.Rational) -> str:  # noqa: N802
+    def _print_Rational(self, expr: sympy.Rational) -> str:
         return f"({expr.p}/{expr.q})"
 
-    def _print_Float(self, expr: sympy.Float) -> str:  # noqa: N802
+    def _print_Float(self, expr: sympy.Float) -> str:
         return repr(float(expr))
 
 
@@ -70,7 +70,7 @@ class Compiled:
         scope: dict[str, object] = {"torch": torch, **{n: getattr(aten_tiles, n) for n in (
             "cumsum", "mask", "between", "between_grad", "inverse", "form", "form_gate")},
             "carry": torch.ops.lsmc.carry}
-        exec(compile(self.source, name, "exec"), scope)  # noqa: S102 (our own source; names were checked)
+        exec(compile(self.source, name, "exec"), scope)
         return scope["run"]  # type: ignore[return-value]
 
     def launch(self, inputs: Mapping[str, Tensor], memories: Mapping[str, Tensor], chunk: int,
@@ -98,9 +98,8 @@ class Compiled:
             tiles[op.attr("name")] = grid.tile(x)
         unit = torch.ones((1,) * 5, dtype=dtype, device=device)
         sizes = {"T": chunk, "1": 1}
-        for c in self.program.carries:
-            for dim, size in zip(self.program.index[c.inp].dims, memories[c.name].shape[-2:], strict=True):
-                sizes[dim] = size
+        for carry in self.program.carries:
+            sizes |= zip(self.program.index[carry.inp].dims, memories[carry.name].shape[-2:], strict=True)
 
         def full(x: Tensor) -> Tensor:
             return x.expand(batch, heads, grid.n, *x.shape[-2:])
@@ -111,13 +110,10 @@ class Compiled:
             r, c = self.program.index[i].dims
             tile = full(raw[name])
             if r == "T":
-                outputs[name] = grid.untile(tile if c != "1" else tile)
-                if c == "1":
-                    outputs[name] = outputs[name].squeeze(-1)
+                out = grid.untile(tile)
             else:
-                outputs[name] = tile.sum((0, 2)).reshape(heads, -1)
-                if c == "1":
-                    outputs[name] = outputs[name].squeeze(-1)
+                out = tile.sum((0, 2)).reshape(heads, -1)
+            outputs[name] = out.squeeze(-1) if c == "1" else out
         ends = {c.name: raw[f"end_{c.name}"] for c in self.program.carries if f"end_{c.name}" in raw}
         return outputs, ends
 

@@ -71,7 +71,7 @@ class _Launch:
             if token and (tokens is None or op.dims[1] != "1" and tokens.ndim < 4):
                 tokens = x
         assert tokens is not None
-        for m, c in ((memories.get(c.name), c) for c in self.program.carries):
+        for m in (memories.get(c.name) for c in self.program.carries):
             if m is not None:
                 self.heads = m.shape[1]
         self.batch, self.tokens = tokens.shape[:2]
