@@ -82,6 +82,7 @@ def _pullback(b: Builder, op: Op, d: int) -> list[tuple[int, int]]:
             full = dict(zip([n for n in "PXY" if n != wrt], a[:-1], strict=True)) | {wrt: d}
             pairs = [(full[n], b.form(n, strict, before, g, **{m: i for m, i in full.items() if m != n}))
                      for n in "PXY" if n != wrt]
-            gate = b.emit("form_gate", b.dims(g), full["P"], full["X"], full["Y"], g, before=before)
+            gate = b.emit("form_gate", b.dims(g), full["P"], full["X"], full["Y"], g,
+                          strict=strict, before=before)
             return [*pairs, (g, gate)]
     raise AssertionError(f"no adjoint rule for {op.kind}")

@@ -68,7 +68,7 @@ class Compiled:
         name = f"<lsmc aten {self.program.name} {self.hash}>"
         linecache.cache[name] = (len(self.source), None, self.source.splitlines(True), name)
         scope: dict[str, object] = {"torch": torch, **{n: getattr(aten_tiles, n) for n in (
-            "cumsum", "mask", "between", "between_grad", "inverse", "form", "form_gate")},
+            "Levels", "cumsum", "mask", "between", "between_grad", "inverse", "form", "form_grads")},
             "carry": torch.ops.lsmc.carry}
         exec(compile(self.source, name, "exec"), scope)
         return scope["run"]  # type: ignore[return-value]
@@ -132,11 +132,35 @@ def _emit(program: Program, schedule: Schedule) -> str:
     names = {i: n for n, i in program.outputs}
     whole = Program(program.name, tuple(b.ops), program.carries, program.outputs)
     done = {c.inp for c in program.carries}
+    made: set[str] = set()
     statements: list[tuple[str, str, tuple[int, ...]]] = []  # (target, source, values used)
+
+    together = _shared_partials(whole)
 
     def compute(roots: list[int]) -> None:
         for op in whole.ancestors(roots, done):
-            statements.append((f"v{op.id}", _source(op), op.args))
+            if op.id in done:
+                continue
+            if op.kind in ("form", "form_gate"):
+                g, before = op.args[-1], op.attr("before")
+                levels = f"l{g}_{int(before)}"
+                if levels not in made:
+                    statements.append((levels, f"Levels(v{g}, {before})", (g,)))
+                    made.add(levels)
+                if op.id in together:
+                    gate, targets = together[op.id]
+                    compute(list(gate.args))
+                    args = ", ".join(f"v{i}" for i in gate.args[:3])
+                    statements.append((", ".join(f"v{i}" for i in targets),
+                                       f"form_grads({args}, {levels}, strict={op.attr('strict')})", gate.args[:3]))
+                    done.update(targets)
+                    continue
+                assert op.kind == "form", "a gate gradient comes with its two sisters"
+                args = ", ".join(f"v{i}" for i in op.args[:-1])
+                source = f"form({op.attr('wrt')!r}, {args}, {levels}, strict={op.attr('strict')})"
+                statements.append((f"v{op.id}", source, op.args[:-1]))
+            else:
+                statements.append((f"v{op.id}", _source(op), op.args))
             done.add(op.id)
 
     for what, item, parts in order:
@@ -165,6 +189,20 @@ def _emit(program: Program, schedule: Schedule) -> str:
     return "\n".join([*lines, f"    return {{{', '.join(out)}}}", ""])
 
 
+def _shared_partials(program: Program) -> dict[int, tuple[Op, tuple[int, int, int]]]:
+    """Per operation of a triple ∂F/∂X, ∂F/∂Y, ∂F/∂g at one point: the gate's operation and the triple's values."""
+    forms = {(o.attr("wrt"), o.args, o.attr("before")): o.id for o in program.ops if o.kind == "form"}
+    out: dict[int, tuple[Op, tuple[int, int, int]]] = {}
+    for gate in program.ops:
+        if gate.kind == "form_gate":
+            p, x, y, g = gate.args
+            before = gate.attr("before")
+            dx, dy = forms.get(("X", (p, y, g), before), -1), forms.get(("Y", (p, x, g), before), -2)
+            for i in (dx, dy, gate.id):
+                out[i] = (gate, (dx, dy, gate.id))
+    return out
+
+
 def _source(op: Op) -> str:
     a = [f"v{i}" for i in op.args]
     match op.kind:
@@ -184,9 +222,6 @@ def _source(op: Op) -> str:
             return f"{a[0]}.amax({op.attr('axis') - 2}, keepdim=True)"
         case "valid":
             return f"grid.valid({a[0]})"
-        case "cumsum" | "mask" | "between" | "between_grad" | "inverse" | "form_gate":
+        case "cumsum" | "mask" | "between" | "between_grad" | "inverse":
             return f"{op.kind}({', '.join([*a, *(f'{k}={v}' for k, v in op.attrs)])})"
-        case "form":
-            attrs = ", ".join(f"{k}={op.attr(k)}" for k in ("strict", "before"))
-            return f"form({op.attr('wrt')!r}, {', '.join(a)}, {attrs})"
     raise AssertionError(f"no ATen source for {op.kind}")

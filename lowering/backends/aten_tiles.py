@@ -50,46 +50,86 @@ def inverse(lower: Tensor) -> Tensor:
     return inv.squeeze(-3)
 
 
-def form(wrt: str, x: Tensor, y: Tensor, g: Tensor, strict: bool, before: bool) -> Tensor:
+class Levels:
+    """The decays across the boundary of every block of s = 2, 4, … tokens, of g: (…, C, D); see the module's text.
+
+    `up` takes the boundary to each upper row (to the row before it with `before`), `down` each lower row to the
+    boundary. Sums of a block of 2h come from those of its halves by one addition each.
+    """
+
+    def __init__(self, g: Tensor, before: bool) -> None:
+        self.g, self.before = g, before
+        self.blocks: list[tuple[int, Tensor, Tensor]] = []
+        c, h = g.shape[-2], 1
+        total = g.unsqueeze(-2)
+        prefix, suffix = (torch.zeros_like(total) if before else total), torch.zeros_like(total)
+        while 2 * h <= c:
+            first, second = _halves(prefix, h, c)
+            left, right = _halves(suffix, h, c)
+            self.blocks.append((2 * h, second.exp(), left.exp()))
+            t_first, t_second = _halves(total, h, c)
+            prefix = torch.cat([first, second + t_first], -2)
+            suffix = torch.cat([left + t_second, right], -2)
+            total, h = t_first + t_second, 2 * h
+
+    def gate(self, up: list[Tensor], down: list[Tensor]) -> Tensor:
+        """The adjoint of these sums: dg from the cotangents of log up and log down of every level."""
+        c = self.g.shape[-2]
+        d_prefix = d_suffix = torch.zeros_like(self.g).unsqueeze(-3)
+        d_total = torch.zeros_like(self.g[..., :1, :]).unsqueeze(-3)
+        for (s, _, _), d_up, d_down in reversed(list(zip(self.blocks, up, down, strict=True))):
+            h = s // 2
+            first, second = d_prefix[..., :h, :], d_prefix[..., h:, :]
+            left, right = d_suffix[..., :h, :], d_suffix[..., h:, :]
+            d_total = torch.stack([d_total + second.sum(-2, keepdim=True), d_total + left.sum(-2, keepdim=True)], -3)
+            d_total = d_total.flatten(-4, -3)
+            d_prefix = torch.stack([first, second + d_up], -3).flatten(-4, -3)
+            d_suffix = torch.stack([left + d_down, right], -3).flatten(-4, -3)
+        out = d_total if self.before else d_total + d_prefix
+        return out.reshape(*self.g.shape[:-2], c, self.g.shape[-1])
+
+
+def form(wrt: str, x: Tensor, y: Tensor, levels: Levels, strict: bool) -> Tensor:
     """∂F/∂wrt for a decay that varies along the columns; (x, y) are the other two of P, X, Y in this order."""
-    c = g.shape[-2]
     if wrt == "P":
-        inv = (x * y).sum(-1)[..., None, None]
-        inv = torch.zeros_like(inv) if strict else inv
-        for s, up, down in _levels(g, before):
-            inv = _assemble(inv.unflatten(-3, (c // s, 2)), (_upper(x, s) * up) @ (_lower(y, s) * down).mT)
-        return inv.squeeze(-3)
+        c = levels.g.shape[-2]
+        out = x.new_zeros((*torch.broadcast_shapes(x.shape[:-2], y.shape[:-2]), c, c))
+        if not strict:
+            out.diagonal(dim1=-2, dim2=-1).copy_((x * y).sum(-1))
+        for s, up, down in levels.blocks:
+            _corner(out, s).copy_((_upper(x, s) * up) @ (_lower(y, s) * down).mT)
+        return out
     p, z = x, y
-    out = torch.zeros_like(z) if strict else p.diagonal(dim1=-2, dim2=-1)[..., None] * z
-    for s, up, down in _levels(g, before):
+    out = torch.zeros_like(z, memory_format=torch.contiguous_format) if strict else (
+        p.diagonal(dim1=-2, dim2=-1)[..., None] * z).contiguous()
+    for s, up, down in levels.blocks:
         if wrt == "X":
-            part = up * (_corner(p, s) @ (_lower(z, s) * down))
-            out = out + torch.stack([torch.zeros_like(part), part], -3).flatten(-4, -2)
+            _upper(out, s).add_(up * (_corner(p, s) @ (_lower(z, s) * down)))
         else:
-            part = down * (_corner(p, s).mT @ (_upper(z, s) * up))
-            out = out + torch.stack([part, torch.zeros_like(part)], -3).flatten(-4, -2)
+            _lower(out, s).add_(down * (_corner(p, s).mT @ (_upper(z, s) * up)))
     return out
 
 
-def form_gate(p: Tensor, x: Tensor, y: Tensor, g: Tensor, before: bool) -> Tensor:
-    """∂F/∂g: dg_l sums the pairs j < l <= i (l < i when `before`), level by level and without any subtraction."""
-    out = torch.zeros_like(g)
-    for s, up, down in _levels(g, before):
+def form_grads(p: Tensor, x: Tensor, y: Tensor, levels: Levels, strict: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """∂F/∂X, ∂F/∂Y and ∂F/∂g together, which share their products; dg sums pairs and subtracts nothing."""
+    diagonal = None if strict else p.diagonal(dim1=-2, dim2=-1)[..., None]
+    dx, dy = (torch.zeros_like(t, memory_format=torch.contiguous_format) if diagonal is None else
+              (diagonal * t).contiguous() for t in (y, x))
+    ups, downs = [], []
+    for s, up, down in levels.blocks:
         corner, xs, ys = _corner(p, s), _upper(x, s) * up, _lower(y, s) * down
-        upper = cumsum(xs * (corner @ ys), reverse=True, exclusive=before)
-        lower = cumsum(ys * (corner.mT @ xs), exclusive=True)
-        out = out + torch.stack([lower, upper], -3).flatten(-4, -2)
-    return out
+        to_x, to_y = corner @ ys, corner.mT @ xs
+        ups.append(xs * to_x)
+        downs.append(ys * to_y)
+        _upper(dx, s).add_(up * to_x)
+        _lower(dy, s).add_(down * to_y)
+    return dx, dy, levels.gate(ups, downs)
 
 
-def _levels(g: Tensor, before: bool) -> list[tuple[int, Tensor, Tensor]]:
-    """Per block size s: decays from the boundary up to each upper row, and from each lower row to the boundary."""
-    out, s, c = [], 2, g.shape[-2]
-    while s <= c:
-        up = cumsum(_upper(g, s), exclusive=before).exp()
-        out.append((s, up, cumsum(_lower(g, s), reverse=True, exclusive=True).exp()))
-        s *= 2
-    return out
+def _halves(x: Tensor, h: int, c: int) -> tuple[Tensor, Tensor]:
+    """Even and odd blocks: (…, C/h, rows, D) to two of (…, C/2h, rows, D)."""
+    pair = x.unflatten(-3, (c // (2 * h), 2))
+    return pair.select(-3, 0), pair.select(-3, 1)
 
 
 def _upper(x: Tensor, s: int) -> Tensor:
