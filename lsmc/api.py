@@ -15,7 +15,7 @@ from lsmc.errors import LsmMissingInputError
 from lsmc.lowering import ops
 from lsmc.lowering.inductor import PASSES, compile_graph, constant
 from lsmc.lowering.plan import backend
-from lsmc.lsm import LSM, declared
+from lsmc.lsm import LSM, attach, declared
 from lsmc.pipeline import CHUNK, Options, compile_plan, stages
 from lsmc.schedules import Shape
 
@@ -180,5 +180,7 @@ def explain(declaration: LSM, *, scale: float = 1.0, chunk: int = CHUNK, schedul
     made = stages(declaration.canonical, options) if shape is None else stages(declaration.canonical, options, shape)
     return Explanation(declaration.name, {"declaration": repr(declaration), **made})
 
+
+attach(call=call, step=step)
 
 __all__: list[str] = ["PASSES", "Explanation", "call", "compile", "explain", "step"]

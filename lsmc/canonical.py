@@ -122,17 +122,16 @@ class Canonical:
 
 def expand(expr: sympy.Expr) -> sympy.Expr:
     """Products distributed over sums, at the top level only; powers, functions and contractions are left
-    whole."""
-    return sympy.expand(
-        expr,
-        deep=False,
-        mul=True,
-        multinomial=False,
-        power_exp=False,
-        power_base=False,
-        log=False,
-        basic=False,
-    )
+    whole, denominators too: sympy's own would multiply 1/a · 1/(b + c) out to 1/(a b + a c) and hide the factor."""
+    if isinstance(expr, sympy.Add):
+        return sympy.Add(*(expand(arg) for arg in expr.args))
+    sums = [factor for factor in sympy.Mul.make_args(expr) if isinstance(factor, sympy.Add)]
+    if not isinstance(expr, sympy.Mul) or not sums:
+        return expr
+    terms = [sympy.Mul(*(factor for factor in expr.args if factor not in sums))]
+    for one in sums:
+        terms = [term * part for term in terms for part in one.args]
+    return sympy.Add(*(expand(term) for term in terms))
 
 
 def tidy(expr: sympy.Expr) -> sympy.Expr:
@@ -432,7 +431,7 @@ def _after_decay(
     scalars = sympy.Mul(*(factor for factor in factors if not dims_of(factor)))
 
     def divided(expr: sympy.Expr) -> bool:
-        return any(power.base in factors and power.exp.is_negative for power in expr.atoms(sympy.Pow))
+        return any(power.exp.is_negative and power.base.has(*factors) for power in expr.atoms(sympy.Pow))
 
     for symbol, (memory, key) in sorted(used.items(), key=lambda item: show(item[1][1])):
         bare = expand(key / over_k)

@@ -134,11 +134,17 @@ def contract(dim: str, body: sympy.Expr) -> sympy.Expr:
     """Σ over `dim` of `body`, with the factors that do not vary over `dim` in front."""
     if body.is_zero:
         return sympy.S.Zero
-    free: list[sympy.Expr] = []
-    bound: list[sympy.Expr] = []
-    for factor in sympy.Mul.make_args(body):
-        (bound if dim in dims_of(factor) else free).append(factor)
-    return sympy.Mul(*free, Sum(DIM_SYMBOL[dim], sympy.Mul(*bound)))
+    bodies: dict[sympy.Expr, sympy.Expr] = {}  # by what varies over the other dim: a k v + 1 v is (a k + 1) v
+    for term in sympy.Add.make_args(body) if dims_of(body) - {dim} else (body,):
+        factors = sympy.Mul.make_args(term)
+        other = sympy.Mul(*(factor for factor in factors if dims_of(factor) and dim not in dims_of(factor)))
+        bodies[other] = bodies.get(other, sympy.S.Zero) + term / other
+    total = sympy.S.Zero
+    for other, rest in bodies.items():
+        factors = sympy.Mul.make_args(rest)
+        scalars = sympy.Mul(*(factor for factor in factors if dim not in dims_of(factor)))
+        total += other * scalars * Sum(DIM_SYMBOL[dim], rest / scalars)
+    return total
 
 
 def number(value: float | int | sympy.Number) -> sympy.Expr:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,12 @@ if TYPE_CHECKING:
 
 _IDENTITY = Identity()
 _DECLARED: dict[str, LSM] = {}
+_engine: dict[str, Callable[..., Any]] = {}
+
+
+def attach(**engine: Callable[..., Any]) -> None:
+    """Bind what `LSM.__call__` and `LSM.step` run: the compiler stands above the language in the import order."""
+    _engine.update(engine)
 
 
 def declared(key: str) -> LSM:
@@ -159,11 +166,11 @@ class LSM:
 
     def __call__(self, **inputs: Any) -> Any:
         """The operator: ``o`` or, with return_final_state=True, ``(o, state)``; see `lsmc.api.call`."""
-        return importlib.import_module("lsmc.api").call(self, **inputs)
+        return _engine["call"](self, **inputs)
 
     def step(self, **inputs: Any) -> Any:
         """One token of every sequence: ``(o, state)``; see `lsmc.api.step`."""
-        return importlib.import_module("lsmc.api").step(self, **inputs)
+        return _engine["step"](self, **inputs)
 
 
 def _rebuild(name: str, decay: Decay, update: sympy.Expr, whole: bool, readout: sympy.Expr) -> LSM:

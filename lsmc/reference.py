@@ -126,7 +126,7 @@ class reference:
             if s in in_values
         }
         # Z is the memory of v = 1: whatever v was, and whatever was read with it
-        ones = {s: tuple(torch.ones_like(x) for x in t) if s.name == "v" else t for s, t in tokens.items()}
+        ones = {s: tuple(torch.ones_like(x[..., :1]) for x in t) if s.name == "v" else t for s, t in tokens.items()}
 
         found: list[list[Tensor]] = [[] for _ in c.queries]
         for t in range(sizes.T):

@@ -151,7 +151,7 @@ def _emit(program: Program, schedule: Schedule) -> str:
                     gate, targets = together[op.id]
                     compute(list(gate.args))
                     args = ", ".join(f"v{i}" for i in gate.args[:3])
-                    statements.append((", ".join(f"v{i}" for i in targets),
+                    statements.append((", ".join(f"v{i}" if i >= 0 else "_" for i in targets),
                                        f"form_grads({args}, {levels}, strict={op.attr('strict')})", gate.args[:3]))
                     done.update(targets)
                     continue

@@ -54,29 +54,33 @@ class Levels:
     """The decays across the boundary of every block of s = 2, 4, … tokens, of g: (…, C, D); see the module's text.
 
     `up` takes the boundary to each upper row (to the row before it with `before`), `down` each lower row to the
-    boundary. Sums of a block of 2h come from those of its halves by one addition each.
+    boundary. Those of a block of 2h come from those of its halves by one product each, so that e^g is the only
+    exponential.
     """
 
     def __init__(self, g: Tensor, before: bool) -> None:
         self.g, self.before = g, before
         self.blocks: list[tuple[int, Tensor, Tensor]] = []
         c, h = g.shape[-2], 1
-        total = g.unsqueeze(-2)
-        prefix, suffix = (torch.zeros_like(total) if before else total), torch.zeros_like(total)
+        total = g.exp().unsqueeze(-2)
+        prefix, suffix = (torch.ones_like(total) if before else total), torch.ones_like(total)
         while 2 * h <= c:
             first, second = _halves(prefix, h, c)
             left, right = _halves(suffix, h, c)
-            self.blocks.append((2 * h, second.exp(), left.exp()))
-            t_first, t_second = _halves(total, h, c)
-            prefix = torch.cat([first, second + t_first], -2)
-            suffix = torch.cat([left + t_second, right], -2)
-            total, h = t_first + t_second, 2 * h
+            self.blocks.append((2 * h, second, left))
+            h *= 2
+            if 2 * h <= c:
+                t_first, t_second = _halves(total, h // 2, c)
+                prefix = torch.cat([first, second * t_first], -2)
+                suffix = torch.cat([left * t_second, right], -2)
+                total = t_first * t_second
 
     def gate(self, up: list[Tensor], down: list[Tensor]) -> Tensor:
-        """The adjoint of these sums: dg from the cotangents of log up and log down of every level."""
-        c = self.g.shape[-2]
-        d_prefix = d_suffix = torch.zeros_like(self.g).unsqueeze(-3)
-        d_total = torch.zeros_like(self.g[..., :1, :]).unsqueeze(-3)
+        """The adjoint of these products: dg from the cotangents of log up and log down of every level."""
+        c, d = self.g.shape[-2:]
+        lead = torch.broadcast_shapes(self.g.shape[:-2], *(x.shape[:-3] for x in up[:1]))
+        d_prefix = d_suffix = self.g.new_zeros((*lead, 1, c, d))
+        d_total = self.g.new_zeros((*lead, 1, 1, d))
         for (s, _, _), d_up, d_down in reversed(list(zip(self.blocks, up, down, strict=True))):
             h = s // 2
             first, second = d_prefix[..., :h, :], d_prefix[..., h:, :]
@@ -86,22 +90,23 @@ class Levels:
             d_prefix = torch.stack([first, second + d_up], -3).flatten(-4, -3)
             d_suffix = torch.stack([left + d_down, right], -3).flatten(-4, -3)
         out = d_total if self.before else d_total + d_prefix
-        return out.reshape(*self.g.shape[:-2], c, self.g.shape[-1])
+        return out.reshape(*lead, c, d)
 
 
 def form(wrt: str, x: Tensor, y: Tensor, levels: Levels, strict: bool) -> Tensor:
     """∂F/∂wrt for a decay that varies along the columns; (x, y) are the other two of P, X, Y in this order."""
     if wrt == "P":
         c = levels.g.shape[-2]
-        out = x.new_zeros((*torch.broadcast_shapes(x.shape[:-2], y.shape[:-2]), c, c))
+        out = _zeros((c, c), x, y, levels.g)
         if not strict:
             out.diagonal(dim1=-2, dim2=-1).copy_((x * y).sum(-1))
         for s, up, down in levels.blocks:
             _corner(out, s).copy_((_upper(x, s) * up) @ (_lower(y, s) * down).mT)
         return out
     p, z = x, y
-    out = torch.zeros_like(z, memory_format=torch.contiguous_format) if strict else (
-        p.diagonal(dim1=-2, dim2=-1)[..., None] * z).contiguous()
+    out = _zeros(z.shape[-2:], p, z, levels.g)
+    if not strict:
+        out += p.diagonal(dim1=-2, dim2=-1)[..., None] * z
     for s, up, down in levels.blocks:
         if wrt == "X":
             _upper(out, s).add_(up * (_corner(p, s) @ (_lower(z, s) * down)))
@@ -112,9 +117,11 @@ def form(wrt: str, x: Tensor, y: Tensor, levels: Levels, strict: bool) -> Tensor
 
 def form_grads(p: Tensor, x: Tensor, y: Tensor, levels: Levels, strict: bool) -> tuple[Tensor, Tensor, Tensor]:
     """∂F/∂X, ∂F/∂Y and ∂F/∂g together, which share their products; dg sums pairs and subtracts nothing."""
-    diagonal = None if strict else p.diagonal(dim1=-2, dim2=-1)[..., None]
-    dx, dy = (torch.zeros_like(t, memory_format=torch.contiguous_format) if diagonal is None else
-              (diagonal * t).contiguous() for t in (y, x))
+    dx, dy = (_zeros(t.shape[-2:], p, x, y, levels.g) for t in (y, x))
+    if not strict:
+        diagonal = p.diagonal(dim1=-2, dim2=-1)[..., None]
+        dx += diagonal * y
+        dy += diagonal * x
     ups, downs = [], []
     for s, up, down in levels.blocks:
         corner, xs, ys = _corner(p, s), _upper(x, s) * up, _lower(y, s) * down
@@ -124,6 +131,11 @@ def form_grads(p: Tensor, x: Tensor, y: Tensor, levels: Levels, strict: bool) ->
         _upper(dx, s).add_(up * to_x)
         _lower(dy, s).add_(down * to_y)
     return dx, dy, levels.gate(ups, downs)
+
+
+def _zeros(size: tuple[int, ...], *tiles: Tensor) -> Tensor:
+    """Zeros for a result of these tiles, which may be shared by all sequences or heads (a leading size of 1)."""
+    return tiles[0].new_zeros((*torch.broadcast_shapes(*(t.shape[:-2] for t in tiles)), *size))
 
 
 def _halves(x: Tensor, h: int, c: int) -> tuple[Tensor, Tensor]:
