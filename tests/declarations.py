@@ -1,0 +1,130 @@
+"""Random declarations for the laws: a hypothesis strategy over what a method may say, none of it in the zoo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+from hypothesis import strategies as st
+
+import lsmc
+from lsmc import LSM, Constant, Identity, M, Scalar, Vector, k, outer, q, scalar, v, vector
+from lsmc.decays import Decay
+from lsmc.terms import Term
+
+DECAYS: dict[str, Callable[[], Decay]] = {
+    "none": Identity,
+    "constant": lambda: Constant("log_a", default=-0.05),
+    "scalar": lambda: Scalar("g"),
+    "scalar of an expression": lambda: Scalar(-lsmc.softplus(scalar("f"))),
+    "vector over K": lambda: Vector("g"),
+    "vector of an expression": lambda: Vector(lsmc.logsigmoid(vector("f"))),
+    "vector per head": lambda: Vector(vector("g", per="head")),
+    "scalar times vector": lambda: Scalar("f") * Vector("g"),
+    "vector over V": lambda: Vector("g", over="V"),
+    "two-sided": lambda: Vector("g") * Vector("h", over="V"),
+    "scalar times vector over V": lambda: Scalar("f") * Vector("h", over="V"),
+}
+"""What the memory forgets. The last three decay along V and cannot be read by an update."""
+
+OVER_V = ("vector over V", "two-sided", "scalar times vector over V")
+
+READS: dict[str, Callable[[Term], Term]] = {
+    "none": lambda key: v,
+    "decayed": lambda key: v - key @ M.decayed,
+    "previous": lambda key: v - key @ M.previous,
+    "another key": lambda key: v - lsmc.l2norm(vector("a")) @ M.decayed,
+    "a key per head": lambda key: v - lsmc.l2norm(vector("a", per="head")) @ M.decayed,
+    "both": lambda key: v - 0.5 * (key @ M.decayed) - 0.25 * (key @ M.previous),
+}
+
+MAPS: dict[str, Callable[[Term], Term]] = {
+    "plain": lambda x: x,
+    "silu": lsmc.silu,
+    "elu + 1": lambda x: lsmc.elu(x) + 1,
+    "exp": lambda x: lsmc.exp(0.5 * x),
+    "sigmoid": lsmc.sigmoid,
+    "relu": lambda x: lsmc.relu(x) + 0.125 * x,
+    "tanh": lsmc.tanh,
+    "softmax": lsmc.softmax,
+    "l2norm": lsmc.l2norm,
+    "rmsnorm": lsmc.rmsnorm,
+}
+
+POSITIVE = ("elu + 1", "exp", "sigmoid", "softmax")
+
+VALUES: dict[str, Callable[[Term, Term], Term]] = {
+    "plain": lambda write, key: write,
+    "strength": lambda write, key: scalar("beta") * write,
+    "a write per head": lambda write, key: write + outer(vector("w", per="head"), v),
+    "two writes": lambda write, key: scalar("beta") * write + outer(lsmc.tanh(vector("w")), lsmc.tanh(v)),
+}
+
+READOUTS: dict[str, Callable[[Term, Term], Term]] = {
+    "after": lambda query, key: query @ M,
+    "decayed": lambda query, key: query @ M.decayed,
+    "before": lambda query, key: query @ M.previous,
+    "bonus": lambda query, key: query @ (M.previous + outer(vector("u", per="head") * key, v)),
+    "skip": lambda query, key: query @ M + scalar("D", per="head") * v,
+    "gated": lambda query, key: lsmc.sigmoid(vector("z", over="V")) * (query @ M),
+    "two queries": lambda query, key: query @ M + lsmc.tanh(vector("p")) @ M.previous,
+    "normaliser": lambda query, key: (query @ M) / (query @ M.normalizer + 1),
+}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The choices that make one declaration; printed by hypothesis when a law fails."""
+
+    decay: str
+    read: str
+    key: str
+    query: str
+    value: str
+    readout: str
+
+    def declaration(self) -> LSM:
+        key = MAPS[self.key](k)
+        if self.read != "none" and self.key != "l2norm":
+            key = lsmc.l2norm(key)  # an update that corrects what it reads is stable for keys of norm ≤ 1
+        write = outer(key, READS[self.read](key))
+        return LSM(
+            "drawn",
+            decay=DECAYS[self.decay](),
+            update=VALUES[self.value](write, key),
+            readout=READOUTS[self.readout](MAPS[self.query](q), key),
+        )
+
+    def __str__(self) -> str:
+        return f"Drawn({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in fields(self))})"
+
+
+def body(declaration: LSM) -> str:
+    """The canonical form without the method's name."""
+    return str(declaration.canonical).replace(declaration.name, "method", 1)
+
+
+_ZOO = frozenset(body(method) for method in lsmc.zoo.METHODS)
+
+
+@st.composite
+def declarations(draw: st.DrawFn) -> Drawn:
+    """Choices that make a declaration with a chunk form that is not in the zoo."""
+    decay = draw(st.sampled_from(list(DECAYS)))
+    read = "none" if decay in OVER_V else draw(st.sampled_from(list(READS)))
+    readout = draw(st.sampled_from([r for r in READOUTS if r != "normaliser" or (read == "none" and decay not in OVER_V)]))
+    maps = POSITIVE if readout == "normaliser" else tuple(MAPS)
+    values = [name for name in VALUES if readout != "normaliser" or "write" not in name]
+    made = Drawn(
+        decay=decay,
+        read=read,
+        key=draw(st.sampled_from(maps)),
+        query=draw(st.sampled_from(maps)),
+        value=draw(st.sampled_from(values)),
+        readout=readout,
+    )
+    if made.key == made.query == "plain" and body(made.declaration()) in _ZOO:
+        made = Drawn(**{**vars(made), "key": "silu"})
+    return made
+
+
