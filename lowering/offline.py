@@ -75,7 +75,7 @@ def _one(compiled: Compiled, k: Emitted, key: int, value: int, chunk: int, dtype
             signature[name] = "*i64"
         else:
             signature[name] = "i32"
-        if signature[name].startswith("*") or name.endswith(("_b", "_t", "_h")):
+        if signature[name].startswith("*") or name.startswith(("sb_", "st_", "sh_")):
             attrs[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attrs)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)

@@ -108,10 +108,10 @@ class _Launch:
             name = op.attr("name")
             x = args[f"p_{name}"] = self.inputs[name]
             if op.attr("role") == "token":
-                args |= {f"{name}_b": x.stride(0), f"{name}_t": x.stride(1), f"{name}_h": x.stride(2),
-                         f"{name}_g": self.heads // x.shape[2]}
+                args |= {f"sb_{name}": x.stride(0), f"st_{name}": x.stride(1), f"sh_{name}": x.stride(2),
+                         f"sg_{name}": self.heads // x.shape[2]}
             else:
-                args[f"{name}_h"] = x.stride(0)
+                args[f"sh_{name}"] = x.stride(0)
         for name, op in k.stores:
             args[f"o_{name}"] = self.outputs[name] = self._output(name, op.dims)
         for c in k.carries:

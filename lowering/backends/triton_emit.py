@@ -229,7 +229,7 @@ class _Writer:
         args: list[str] = []
         for op in self.inputs:
             n = op.attr("name")
-            args += [f"p_{n}", f"{n}_b", f"{n}_t", f"{n}_h", f"{n}_g"] if op.attr("role") == "token" else [f"p_{n}", f"{n}_h"]
+            args += [f"p_{n}", f"sb_{n}", f"st_{n}", f"sh_{n}", f"sg_{n}"] if op.attr("role") == "token" else [f"p_{n}", f"sh_{n}"]
         args += [f"o_{n}" for n, _ in self.stores]
         for c in self.carries:
             args += [f"i_{c.name}", f"e_{c.name}", *([f"s_{c.name}"] * (c.name in self.kernel.saves))]
@@ -296,10 +296,10 @@ class _Writer:
         for op in self.inputs:
             n = op.attr("name")
             if op.attr("role") == "token":
-                w(f"p_{n} += batch * {n}_b + begin * {n}_t + (head // {n}_g).to(tl.int64) * {n}_h")
+                w(f"p_{n} += batch * sb_{n} + begin * st_{n} + (head // sg_{n}).to(tl.int64) * sh_{n}")
             else:
                 col = "" if op.dims[1] == "1" else f" + c{op.dims[1]}"
-                tile = f"p_{n} + head * {n}_h{col}" if col else f"p_{n} + head * {n}_h + tl.zeros([1, 1], tl.int32)"
+                tile = f"p_{n} + head * sh_{n}{col}" if col else f"p_{n} + head * sh_{n} + tl.zeros([1, 1], tl.int32)"
                 w(f"v{op.id} = tl.load({tile}, mask={self._pad(op.dims) or 'None'}, other=0.0).to(tl.float32)"
                   if col else f"v{op.id} = tl.load({tile}).to(tl.float32)")
                 self.done.add(op.id)
@@ -403,7 +403,7 @@ class _Writer:
                 if fx and fy and fx.attr("strict") == fy.attr("strict"):
                     ids = (fx.id, fy.id, op.id)
                     head = min(ids, key=lambda i: order[i])
-                    if all(order[a] < order[head] for a in op.args):
+                    if all(order.get(a, -1) < order[head] for a in op.args):  # those not in the body were made before
                         out[head] = ids
         return out
 
@@ -454,7 +454,7 @@ class _Writer:
     def _load(self, op: Op) -> None:
         n, k = op.attr("name"), op.dims[1]
         col, mask = (f" + c{k}", f"rows & (c{k} < {k})") if k != "1" else ("", "rows")
-        self.line(f"v{op.id} = tl.load(p_{n} + time.to(tl.int64) * {n}_t + row * {n}_t{col}, mask={mask}, "
+        self.line(f"v{op.id} = tl.load(p_{n} + time.to(tl.int64) * st_{n} + row * st_{n}{col}, mask={mask}, "
                   "other=0.0).to(tl.float32)")
 
     def _map(self, op: Op, names: list[str]) -> None:

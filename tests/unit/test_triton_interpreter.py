@@ -1,0 +1,112 @@
+"""The generated Triton kernels do what the recurrence says: run by Triton's interpreter, on the CPU, in float32 and float16.
+
+bfloat16 and what a GPU compiler makes of the kernels are left to tests/gpu: the interpreter is wrong in bfloat16.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lsmc import zoo
+from lsmc.cases import GATES, Case
+from lsmc.schedules import CUTS
+from tests.declarations import Drawn, declarations
+from tests.interpreted import OWN, Job, Workers, workers
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+
+METHODS = zoo.names()
+GATED = [n for n in METHODS if getattr(zoo, n).canonical.decay_k is not None]
+EXAMPLES = int(os.environ.get("LSMC_EXAMPLES", "8"))
+SMALL = Case(batch=2, time=37, heads=1, groups=2, key_dim=5, value_dim=3, chunk=16, initial_state=True, scale=0.5)
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Workers]:
+    with workers(min(2, os.cpu_count() or 1)) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("name", [*METHODS, *OWN])
+def test_kernels_equal_the_recurrence_for_every_schedule(interpreter: Workers, name: str) -> None:
+    """Output, final state and every gradient; value heads share key heads, T is no multiple of the chunk, inputs are slices."""
+    for seen in interpreter.run(*(Job(name, SMALL, s, layout="strided") for s in CUTS)):
+        assert len(seen) >= 5
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_kernels_keep_packed_sequences_apart(interpreter: Workers, name: str) -> None:
+    """Sequences that are empty, shorter than a chunk, longer than one; sizes that need several blocks, the last one partial."""
+    case = dataclasses.replace(SMALL, batch=1, groups=1, time=24, key_dim=70, value_dim=66, cuts=(0, 4, 4, 21))
+    small = dataclasses.replace(case, groups=2, key_dim=3, value_dim=17, cuts=(16, 16, 40), time=23, initial_state=False)
+    interpreter.run(Job(name, case, "fused"), Job(name, case, "two_pass"), Job(name, small, layout="columns"))
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_kernels_stay_exact_for_every_range_of_gates(interpreter: Workers, name: str) -> None:
+    """From no decay at all to -1000 a token and an exact reset, side by side with weak ones, at several chunk lengths."""
+    case = dataclasses.replace(SMALL, batch=1, time=36, groups=1, key_dim=4, value_dim=4)
+    gates = [g for g in GATES if g != "typical"]
+    interpreter.run(*(Job(name, dataclasses.replace(case, gates=g, chunk=(16, 32, 64)[n % 3]), list(CUTS)[n % 2])
+                      for n, g in enumerate(gates)))
+
+
+PADDED = [Drawn("scalar", "none", key, query, "strength", "normaliser")
+          for key, query in (("exp", "softmax"), ("elu + 1", "sigmoid"), ("softmax", "exp"))]
+PADDED += [Drawn(decay, read, key, query, "two writes", readout) for decay, read, key, query, readout in (
+    ("vector over K", "decayed", "softmax", "elu + 1", "gated"),
+    ("two-sided", "none", "sigmoid", "exp", "two queries"),
+    ("vector of an expression", "another key", "exp", "rmsnorm", "bonus"),
+    ("scalar times vector over V", "none", "rmsnorm", "softmax", "skip"))]
+
+
+@pytest.mark.parametrize("drawn", PADDED, ids=str)
+def test_padding_of_k_and_v_never_leaks(interpreter: Workers, drawn: Drawn) -> None:
+    """Maps that take 0 to something else, and sums and maxima over K, where blocks are wider than K and V."""
+    case = dataclasses.replace(SMALL, batch=1, time=19, groups=1)
+    other = dataclasses.replace(case, key_dim=18, value_dim=1)
+    interpreter.run(*(Job(drawn, c, s) for c, s in zip((case, other), CUTS)))
+
+
+@given(drawn=declarations(), size=st.tuples(st.integers(1, 20), st.integers(1, 20)), time=st.sampled_from([1, 15, 16, 33]),
+       gates=st.sampled_from(list(GATES)), groups=st.integers(1, 2), state=st.booleans(),
+       cuts=st.sampled_from([(), (), (3, 3, 20)]))
+@settings(max_examples=EXAMPLES)
+def test_kernels_of_drawn_declarations_equal_the_recurrence(
+        interpreter: Workers, drawn: Drawn, size: tuple[int, int], time: int, gates: str, groups: int, state: bool,
+        cuts: tuple[int, ...]) -> None:
+    case = Case(time=time, groups=groups, key_dim=size[0], value_dim=size[1], chunk=16, gates=gates, initial_state=state,
+                cuts=cuts, seed=size[0])
+    interpreter.run(*(Job(drawn, case, s) for s in CUTS))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_kernels_hold_16_bit_tolerances(interpreter: Workers, name: str) -> None:
+    """float16 inputs, and float16 matrices beside float32 gates: matrix operands are rounded, sums and memories are not."""
+    case = dataclasses.replace(SMALL, batch=1, time=33, key_dim=16, value_dim=20)
+    interpreter.run(Job(name, case, "fused", "float16"), Job(name, case, "two_pass", "float16", gates="float32"))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_kernels_run_on_no_token_one_token_and_one_token_repeated(interpreter: Workers, name: str) -> None:
+    none, one = dataclasses.replace(SMALL, time=0), dataclasses.replace(SMALL, time=1, defaults=True, initial_state=False)
+    nothing = dataclasses.replace(none, batch=1, cuts=(0, 0))
+    repeated = dataclasses.replace(SMALL, time=18, batch=1)
+    interpreter.run(Job(name, none), Job(name, nothing), Job(name, one), Job(name, repeated, layout="expanded"))
+
+
+NAMES = [Drawn("scalar", "none", "plain", "plain", "two writes", "two queries"),
+         Drawn("vector per head", "another key", "silu", "plain", "strength", "gated")]
+
+
+@pytest.mark.parametrize("drawn", NAMES, ids=str)
+def test_names_of_inputs_never_meet_in_a_kernel(interpreter: Workers, drawn: Drawn) -> None:
+    """Inputs named a, g, p, u, w, z in one kernel: their pointers, strides and group sizes have names of their own."""
+    interpreter.run(Job(drawn, dataclasses.replace(SMALL, batch=1, time=17)))
