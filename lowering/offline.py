@@ -67,9 +67,9 @@ def _one(compiled: Compiled, k: Emitted, key: int, value: int, chunk: int, dtype
         if name in constants:
             signature[name] = "constexpr"
             continue
-        if name.startswith(("p_", "o_", "t_")):
+        if name.startswith(("p_", "o_", "t_", "s_")):
             signature[name] = f"*{dtype}"
-        elif name.startswith(("i_", "e_", "s_")):
+        elif name.startswith(("i_", "e_")):
             signature[name] = "*fp32"
         elif name in ("cu", "first", "owner"):
             signature[name] = "*i64"

@@ -202,7 +202,7 @@ class Builder:
 
     def reduce_to(self, a: int, dims: Dims) -> int:
         """Sum the dimensions along which a tile of `dims` was broadcast (the adjoint of broadcasting)."""
-        for axis in (0, 1):
+        for axis in (1, 0):
             if dims[axis] == "1":
                 a = self.sum(a, axis)
         return self.expand(a, dims)

@@ -86,6 +86,7 @@ class _Launch:
             self._pack(cu_seqlens)
         self.saved: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
+        self.parts: dict[str, int] = {}
         self.ends: dict[str, Tensor] = {}
 
     def _pack(self, cu_seqlens: Tensor) -> None:
@@ -103,6 +104,15 @@ class _Launch:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
     def kernel(self, k: Emitted) -> None:
+        programs, args = self.arguments(k)
+        if programs:
+            function = self.compiled.functions[k.name]
+            if self.device.type == "cuda":
+                function = torch.library.wrap_triton(function)
+            function[(programs,)](**args)
+
+    def arguments(self, k: Emitted) -> tuple[int, dict[str, Any]]:
+        """How many programs to launch, and with what; makes room for what the kernel writes."""
         args: dict[str, Any] = {}
         for op in k.inputs:
             name = op.attr("name")
@@ -112,8 +122,6 @@ class _Launch:
                          f"sg_{name}": self.heads // x.shape[2]}
             else:
                 args[f"sh_{name}"] = x.stride(0)
-        for name, op in k.stores:
-            args[f"o_{name}"] = self.outputs[name] = self._output(name, op.dims)
         for c in k.carries:
             r, v = (self.size[d] for d in self.program.index[c.inp].dims)
             m = self.memories.get(c.name)
@@ -121,48 +129,52 @@ class _Launch:
             args |= {f"i_{c.name}": self.like if m is None else m.contiguous(), f"e_{c.name}": self.ends[c.name],
                      f"HAS_{c.name}": m is not None}
             if c.name in k.kernel.saves:
-                args[f"s_{c.name}"] = self.saved[c.name] = self.empty((self.chunks, self.heads, r, v), torch.float32)
+                args[f"s_{c.name}"] = self.saved[c.name] = self.empty((self.chunks, self.heads, r, v), self.like.dtype)
         for c in k.loads:
             args[f"s_{c.name}"] = self.saved[c.name]
         for op in k.makes:
-            shape = (self.chunks, self.heads, self.chunk, self.chunk)
-            self.saved[f"t_{op.id}"] = self.empty(shape, self.like.dtype)
+            rows, last = (self.chunk if d == "T" else self.size[d] for d in op.dims)
+            dtype = self.like.dtype if op.dims[0] == "T" else torch.float32
+            self.saved[f"t_{op.id}"] = self.empty((self.chunks, self.heads, rows, last), dtype)
         args |= {f"t_{op.id}": self.saved[f"t_{op.id}"] for op in (*k.makes, *k.takes)}
         plan = plan_of(k, self.size.get("K", 1), self.size.get("V", 1), self.sequences * self.heads, self.chunk)
         plan |= self.compiled.plans.get(k.name, {})
         blocks = 1
         if k.split:
             blocks = triton.cdiv(self.size[k.split], plan["BK" if k.split == "K" else "BV"])
+        for name, op in k.stores:
+            args[f"o_{name}"] = self.outputs[name] = self._output(name, op.dims, blocks if name in k.partial else 0)
         units = self.sequences if k.scan else self.chunks
-        args |= {"cu": self.cu, "first": self.first, "owner": self.owner, "T": self.tokens, "HV": self.heads,
-                 "COUNT": self.per_sequence, "C": self.chunk, "LEVELS": self.chunk.bit_length() - 1,
+        args |= {"cu": self.cu, "first": self.first, "owner": self.owner, "B": self.batch, "T": self.tokens, "HV": self.heads,
+                 "COUNT": self.per_sequence, "CHUNKS": self.chunks, "C": self.chunk, "LEVELS": self.chunk.bit_length() - 1,
                  "K": self.size.get("K", 1), "V": self.size.get("V", 1), "PACKED": self.packed, "DT": self.type, **plan}
-        if units * self.heads * blocks:
-            function = self.compiled.functions[k.name]
-            if self.device.type == "cuda":
-                function = torch.library.wrap_triton(function)
-            function[(units * self.heads * blocks,)](**args)
+        return units * self.heads * blocks, args
 
-    def _output(self, name: str, dims: Dims) -> Tensor:
+    def _output(self, name: str, dims: Dims, blocks: int) -> Tensor:
+        """Room for one output; float32 where `finish` sums over blocks, chunks or value heads."""
         source = self.inputs.get(name[2:]) if name.startswith("d_") else None
         last = (self.size[dims[1]],) if dims[1] != "1" else ()
+        parts = (blocks,) if blocks else ()
+        self.parts[name] = blocks
         if dims[0] != "T":
             make = torch.zeros if self.packed else torch.empty
-            return make((self.chunks, self.heads, *last), dtype=torch.float32, device=self.device)
+            return make((*parts, self.chunks, self.heads, *last), dtype=torch.float32, device=self.device)
         dtype = self.dtypes.get(name, self.like.dtype if source is None else source.dtype)
-        if source is not None and source.shape[2] != self.heads:
+        if blocks or source is not None and source.shape[2] != self.heads:
             dtype = torch.float32
-        return self.empty((self.batch, self.tokens, self.heads, *last), dtype)
+        return self.empty((*parts, self.batch, self.tokens, self.heads, *last), dtype)
 
     def finish(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Sums over what kernels left apart: value heads that share a query/key head, and chunks of per-head gradients."""
+        """Sums over what kernels left apart: blocks, value heads that share a query/key head, chunks of per-head gradients."""
         for name, x in self.outputs.items():
             source = self.inputs.get(name[2:]) if name.startswith("d_") else None
+            if self.parts[name]:
+                x = x.sum(0)
             if source is not None and x.ndim > 2 and source.ndim > 2 and source.shape[2] != x.shape[2]:
-                x = x.unflatten(2, (source.shape[2], -1)).sum(3).to(source.dtype)
+                x = x.unflatten(2, (source.shape[2], -1)).sum(3)
             elif source is not None and source.shape[0] == self.heads and x.shape[1:] == source.shape:
-                x = x.sum(0).to(source.dtype)
-            self.outputs[name] = x
+                x = x.sum(0)
+            self.outputs[name] = x if source is None else x.to(self.dtypes.get(name, source.dtype))
         return self.outputs, self.ends
 
 
@@ -171,5 +183,5 @@ def plan_of(k: Emitted, key: int, value: int, sequences: int, chunk: int) -> dic
     size = {"K": max(16, triton.next_power_of_2(key)), "V": max(16, triton.next_power_of_2(value))}
     if k.split:
         size[k.split] = min(size[k.split], 64)
-    warps = 8 if max(size.values()) > 64 else 4
-    return {"BK": size["K"], "BV": size["V"], "num_warps": warps, "num_stages": 1 if k.products or not k.scan else 2}
+    warps = 8 if k.split is None and max(size.values()) > 64 else 4
+    return {"BK": size["K"], "BV": size["V"], "num_warps": warps, "num_stages": 2 if k.scan else 1}

@@ -1,9 +1,10 @@
-"""Scheduled program → Triton source: one kernel for each kernel of the schedule.
+"""Pieces of a scheduled program → Triton source: one kernel for each.
 
 A scan kernel owns one (sequence, value head, block of the split dimension) and loops over the sequence's chunks with the
-memories in registers; a chunks kernel owns one chunk. The loop body is the kernel's operations in program order on float32
-tiles of shape (C, BK), (C, BV), (BK, BV), … where extents of 1 broadcast. Extents that do not fill their block are padded
-with zeros, and every operation keeps the padding zero, so that contractions need no masks.
+memories in registers; a chunks kernel owns one chunk. The loop body is the piece's operations, ordered so that few values
+are alive, on tiles of shape (C, BK), (C, BV), (BK, BV), … where extents of 1 broadcast. What is loaded keeps its type and
+goes to the matrix units as it is; what is computed is float32. Extents that do not fill their block are padded with zeros,
+and every operation keeps the padding zero, so that contractions need no masks.
 """
 
 from __future__ import annotations
@@ -13,14 +14,19 @@ from dataclasses import dataclass
 
 import sympy
 
+from lsmc.factors import factor
 from lsmc.functions import FUNCTIONS
-from lsmc.ir import Carry, Dims, Op, Program
+from lsmc.ir import Carry, Dims, Op, Program, operand
+from lsmc.lowering.backends.triton_cut import Piece, pieces, shares
 from lsmc.lowering.kernels import digest
 from lsmc.schedules import Kernel, Schedule
+from lsmc.schedules.order import order
 
-TILES = ("keep", "dot", "exact_dot", "cumsum", "lower", "between", "between_grad", "inverse", "form_p", "form_x", "form_y",
+TILES = ("diagonal", "keep", "dot", "running", "cumsum", "lower", "between", "between_grad", "inverse", "form_p", "form_x", "form_y",
          "form_gate", "form_all")
 SIZE = {"T": "C", "K": "BK", "V": "BV", "1": "1"}
+EXTENT = {"T": 64, "K": 128, "V": 128, "1": 1}
+"""Typical extents, for the weight of a value in registers."""
 
 
 @dataclass(frozen=True)
@@ -31,78 +37,17 @@ class Emitted:
     kernel: Kernel
     inputs: tuple[Op, ...]
     stores: tuple[tuple[str, Op], ...]
+    partial: frozenset[str]
     carries: tuple[Carry, ...]
     loads: tuple[Carry, ...]
     makes: tuple[Op, ...]
     takes: tuple[Op, ...]
     split: str | None
-    products: bool
     source: str
 
     @property
     def scan(self) -> bool:
         return bool(self.carries)
-
-
-def contracts(program: Program, op: Op) -> set[str]:
-    """The named dimensions that an operation sums (or maximises) over."""
-    dims = [program.index[a].dims for a in op.args]
-    match op.kind:
-        case "matmul":
-            return {dims[0][0 if op.attr("ta") else 1]}
-        case "sum" | "max":
-            return {dims[0][op.attr("axis")]}
-        case "form":
-            return {dims[-1][1]} if op.attr("wrt") == "P" else set()
-    return set()
-
-
-def splittable(program: Program, kernel: Kernel, made: Iterable[int] = ()) -> str | None:
-    """A dimension, V before K, along which programs can share the kernel's work: nothing in its body contracts it."""
-    body = program.ancestors(_roots(program, kernel), made)
-    summed = set[str]().union(*(contracts(program, op) for op in body))
-    outputs = [program.index[i].dims for n, i in program.outputs if n in kernel.stores]
-    outputs += [program.index[c.inp].dims for c in program.carries if c.name in kernel.carries]
-    for dim in ("V", "K"):
-        if any(dim in d for d in outputs) and dim not in summed:
-            return dim
-    return None
-
-
-def _roots(program: Program, kernel: Kernel) -> list[int]:
-    roots = [i for n, i in program.outputs if n in kernel.stores]
-    return roots + [i for c in program.carries if c.name in kernel.carries for i in (c.out, c.inp)]
-
-
-def costly(program: Program) -> set[int]:
-    """Products over pairs of tokens that no memory enters and that are dear: inverses, decayed products along K or V."""
-    memory = {op.id for op in program.inputs("carry")}
-    for op in program.ops:
-        if memory & set(op.args):
-            memory.add(op.id)
-    return {op.id for op in program.ops if op.id not in memory
-            and (op.kind == "inverse" or op.kind == "form" and op.attr("wrt") == "P")}
-
-
-def refine(program: Program, schedule: Schedule) -> tuple[tuple[Kernel, ...], frozenset[int]]:
-    """The kernels to launch, and the values that a first kernel, over all chunks in parallel, makes for the others.
-
-    Outputs of a chunks kernel part where one set contracts only V and another only K: each then splits over the other.
-    """
-    dear = costly(program)
-    kernels: list[Kernel] = []
-    for k in schedule.kernels:
-        groups: dict[str | None, list[str]] = {}
-        for n in k.stores:
-            groups.setdefault(splittable(program, Kernel(k.name, (), (), (n,)), dear), []).append(n)
-        if k.carries or len(groups) < 2:
-            kernels.append(k)
-        else:
-            kernels += [Kernel(f"{k.name}_{d or 'whole'}", (), (), tuple(g)) for d, g in groups.items()]
-    used = [{a for op in program.ancestors(_roots(program, k), dear) for a in op.args} & dear for k in kernels]
-    if len(kernels) == 1 and not kernels[0].carries:
-        return tuple(kernels), frozenset()
-    return tuple(kernels), frozenset().union(*used)
 
 
 def gates(program: Program) -> set[int]:
@@ -118,9 +63,7 @@ def gates(program: Program) -> set[int]:
 
 def emit(program: Program, schedule: Schedule) -> tuple[str, tuple[Emitted, ...]]:
     """The module's source and its kernels."""
-    kernels, made = refine(program, schedule)
-    first = [_Writer(program, Kernel("prepare", (), (), ()), made, make=True)] if made else []
-    parts = [w.run() for w in (*first, *(_Writer(program, k, made) for k in kernels))]
+    parts = [_Writer(program, p).run() for p in pieces(program, schedule)]
     head = ['"""Generated from:', "", *str(program).replace("\\", "").splitlines(), "", *str(schedule).splitlines(), '"""', "",
             "import triton", "import triton.language as tl", "",
             "from lsmc.lowering.backends.triton_tiles import (", f"    {', '.join(TILES)},", ")", ""]
@@ -179,29 +122,79 @@ class _Expression:
 class _Writer:
     """Writes the source of one kernel."""
 
-    def __init__(self, program: Program, kernel: Kernel, made: frozenset[int], make: bool = False) -> None:
-        self.program, self.kernel = program, kernel
-        self.name = f"{program.name}_{kernel.name}"
-        self.body = program.ancestors(made) if make else program.ancestors(_roots(program, kernel), made)
-        self.makes = tuple(program.index[i] for i in sorted(made)) if make else ()
-        used = {a for op in self.body for a in op.args} | set(_roots(program, kernel))
-        self.takes = () if make else tuple(program.index[i] for i in sorted(made & used))
+    def __init__(self, program: Program, piece: Piece) -> None:
+        self.program, self.piece, self.kernel, self.split = program, piece, piece.kernel, piece.split
+        self.name = f"{program.name}_{self.kernel.name}"
+        ends = piece.roots(program)
+        body = program.ancestors(ends, piece.known)
+        self.part = (shares(program, body, self.split) or set()) if self.split else set[int]()
+        self.makes = tuple(program.index[i] for i in piece.makes)
+        used = {a for op in body for a in op.args} | set(ends)
+        self.takes = tuple(program.index[i] for i in sorted(piece.known & used))
         self.gates = gates(program)
-        self.split = None if make else splittable(program, kernel, made)
+        carried = {c.name: c for c in program.carries}
+        inside = {op.id for op in body}
+        self.carries = tuple(carried[n] for n in self.kernel.carries)
+        self.loads = tuple(c for c in program.carries if c.inp in inside and c.name not in self.kernel.carries)
+        self.inputs = tuple(op for op in body if op.kind == "input" and op.attr("role") != "carry")
+        ids = dict(program.outputs)
+        self.stores = tuple((n, program.index[ids[n]]) for n in self.kernel.stores)
+        self.body = order(program, body, ends, _weight)
+        self.groups = self._group_forms()
+        self.scaled, self.traced = self._absorbed()
         self.lines: list[str] = []
         self.indent = 1
-        carried = {c.name: c for c in program.carries}
-        inside = {op.id for op in self.body}
-        self.loads = tuple(c for c in program.carries if c.inp in inside and c.name not in kernel.carries)
-        self.carries = tuple(carried[n] for n in kernel.carries)
-        self.inputs = tuple(op for op in self.body if op.kind == "input" and op.attr("role") != "carry")
-        ids = dict(program.outputs)
-        self.stores = tuple((n, program.index[ids[n]]) for n in kernel.stores)
-        self.groups = self._group_forms()
         self.done: set[int] = set()
+        self.plain: dict[int, str] = {}  # the name of a value as it was loaded or computed
+        self.cast: dict[tuple[int, str], str] = {}  # and of its other forms: float32, matrix operand, running sums
 
     def line(self, text: str) -> None:
         self.lines.append("    " * self.indent + text)
+
+    # -- values -------------------------------------------------------------------------------------------------------
+
+    def _loaded(self, i: int) -> None:
+        """v<i> exists as it lies in memory."""
+        self.plain[i] = f"v{i}"
+        self.done.add(i)
+
+    def _same(self, i: int, j: int) -> None:
+        """The value i is the value j."""
+        self.plain[i] = self.plain[j]
+        for (k, form), name in list(self.cast.items()):
+            if k == j:
+                self.cast[i, form] = name
+
+    def _form_of(self, i: int, form: str, text: str) -> str:
+        name = self.plain[i]
+        if (i, form) not in self.cast:
+            others = [n for (k, f), n in self.cast.items() if f == form and self.plain[k] == name]
+            if others:
+                self.cast[i, form] = others[0]
+            else:
+                self.cast[i, form] = f"{form}{i}"
+                self.line(f"{form}{i} = {text}")
+        return self.cast[i, form]
+
+    def f(self, i: int) -> str:
+        """A value in float32."""
+        if self.program.index[i].kind != "input" and self.plain[i] == f"v{i}" and i not in self.piece.known:
+            return self.plain[i]
+        return self._form_of(i, "f", f"{self.plain[i]}.to(tl.float32)")
+
+    def h(self, i: int) -> str:
+        """A value in the type of the matrix units' operands."""
+        return self._form_of(i, "h", f"{self.plain[i]}.to(DT)")
+
+    def gate(self, i: int) -> str:
+        """A log decay, bounded below where it would only make a sum infinite: e^-128 is 0 in float32."""
+        x = self.f(i)
+        return self._form_of(i, "g", f"tl.maximum({x}, -128.0)") if i in self.gates else x
+
+    def sums(self, i: int) -> str:
+        """The running sum of a value over the rows, each row included."""
+        x = self.gate(i)
+        return self._form_of(i, "s", f"running({x}, DT)")
 
     # -- the frame ----------------------------------------------------------------------------------------------------
 
@@ -221,9 +214,9 @@ class _Writer:
             for c in self.carries:
                 self._end(c)
         source = self._signature() + "\n".join(self.lines) + "\n"
-        return Emitted(self.name, self.kernel, self.inputs, self.stores, self.carries, self.loads,
-                       self.makes, self.takes, self.split,
-                       any(op.kind in ("form", "form_gate", "form_all", "inverse") for op in self.body), source)
+        partial = frozenset(n for n, op in self.stores if op.id in self.part)
+        return Emitted(self.name, self.kernel, self.inputs, self.stores, partial, self.carries, self.loads, self.makes,
+                       self.takes, self.split, source)
 
     def _signature(self) -> str:
         args: list[str] = []
@@ -235,7 +228,7 @@ class _Writer:
             args += [f"i_{c.name}", f"e_{c.name}", *([f"s_{c.name}"] * (c.name in self.kernel.saves))]
         args += [f"s_{c.name}" for c in self.loads]
         args += [f"t_{op.id}" for op in (*self.makes, *self.takes)]
-        args += ["cu", "first", "owner", "T", "HV", "COUNT", "C: tl.constexpr", "LEVELS: tl.constexpr", "K: tl.constexpr",
+        args += ["cu", "first", "owner", "B", "T", "HV", "COUNT", "CHUNKS", "C: tl.constexpr", "LEVELS: tl.constexpr", "K: tl.constexpr",
                  "V: tl.constexpr", "BK: tl.constexpr", "BV: tl.constexpr", "PACKED: tl.constexpr", "DT: tl.constexpr"]
         args += [f"HAS_{c.name}: tl.constexpr" for c in self.carries]
         rows, row = [], "    "
@@ -245,7 +238,7 @@ class _Writer:
                 row = "    "
             row += a + ", "
         rows.append(row.rstrip())
-        free = '["T", "HV", "COUNT"]'
+        free = '["B", "T", "HV", "COUNT", "CHUNKS"]'
         return f"\n\n@triton.jit(do_not_specialize={free})\ndef {self.name}(\n" + "\n".join(rows) + "\n):\n"
 
     def _prologue(self, scan: bool) -> None:
@@ -262,7 +255,11 @@ class _Writer:
             start = "block * B" + d + " + " if self.split == d else ""
             w(f"c{d} = {start}tl.arange(0, B{d})[None, :]")
             w(f"r{d} = {start}tl.arange(0, B{d})[:, None]")
+            w(f"inc{d} = (c{d} < {d}) if PAD{d} else tl.full([1, B{d}], True, tl.int1)")
+            w(f"inr{d} = (r{d} < {d}) if PAD{d} else tl.full([B{d}, 1], True, tl.int1)")
         w("row = tl.arange(0, C)[:, None]")
+        if self.part:
+            w("lead = (block == 0).to(tl.float32)")
         if scan:
             w("seq = unit")
             w("if PACKED:")
@@ -300,9 +297,9 @@ class _Writer:
             else:
                 col = "" if op.dims[1] == "1" else f" + c{op.dims[1]}"
                 tile = f"p_{n} + head * sh_{n}{col}" if col else f"p_{n} + head * sh_{n} + tl.zeros([1, 1], tl.int32)"
-                w(f"v{op.id} = tl.load({tile}, mask={self._pad(op.dims) or 'None'}, other=0.0).to(tl.float32)"
-                  if col else f"v{op.id} = tl.load({tile}).to(tl.float32)")
-                self.done.add(op.id)
+                w(f"v{op.id} = tl.load({tile}, mask={self._pad(op.dims)}, other=0.0)" if col else f"v{op.id} = tl.load({tile})")
+                self._loaded(op.id)
+                self.f(op.id)
 
     def _memory(self, c: Carry) -> tuple[str, str, str]:
         """Offsets, mask and elements of a memory's tile."""
@@ -332,18 +329,12 @@ class _Writer:
         for c in self.carries:
             offset, mask, elements = self._memory(c)
             if c.name in self.kernel.saves:
-                w(f"tl.store(s_{c.name} + saved * ({elements}) + {offset}, m_{c.name}, mask={mask})")
+                w(f"tl.store(s_{c.name} + saved * ({elements}) + {offset}, "
+                  f"m_{c.name}.to(s_{c.name}.dtype.element_ty), mask={mask})")
             w(f"v{c.inp} = m_{c.name}")
+            self.plain[c.inp] = self.cast[c.inp, "f"] = f"v{c.inp}"
             self.done.add(c.inp)
-        for c in self.loads:
-            offset, mask, elements = self._memory(c)
-            w(f"v{c.inp} = tl.load(s_{c.name} + saved * ({elements}) + {offset}, mask={mask}, other=0.0).to(tl.float32)")
-            self.done.add(c.inp)
-        tile = "saved * (C * C) + row * C + tl.arange(0, C)[None, :]"
-        for op in self.takes:
-            w(f"v{op.id} = tl.load(t_{op.id} + {tile}).to(tl.float32)")
-            self.done.add(op.id)
-        waiting = list(self.stores)
+        waiting, making = list(self.stores), list(self.makes)
         for op in self.body:
             if op.id not in self.done:
                 self._op(op)
@@ -351,50 +342,64 @@ class _Writer:
             for name, value in [s for s in waiting if s[1].id in self.done]:
                 self._store(name, value)  # as early as it can be: the registers are needed
                 waiting.remove((name, value))
-        for op in self.makes:
-            w(f"tl.store(t_{op.id} + {tile}, v{op.id}.to(t_{op.id}.dtype.element_ty))")
+            for value in [m for m in making if m.id in self.done]:
+                at, mask = self._tile(value)
+                w(f"tl.store({at}, {self.plain[value.id]}.to(t_{value.id}.dtype.element_ty), mask={mask})")
+                making.remove(value)
         for c in self.carries:
-            w(f"m_{c.name} = v{c.out}")
+            w(f"m_{c.name} = {self.f(c.out)}")
+
+    def _tile(self, op: Op) -> tuple[str, str]:
+        """Addresses and mask of a value that one kernel makes for another: the chunk's tile, rows within it."""
+        r, k = op.dims
+        if op.dims == ("T", "T"):
+            return f"t_{op.id} + saved * (C * C) + row * C + tl.arange(0, C)[None, :]", "None"
+        rows = {"T": "C", "1": "1"}.get(r, r)
+        inner = {"1": "1"}.get(k, k)
+        at = f"t_{op.id} + saved * ({rows} * {inner})"
+        at += {"T": f" + row * {inner}", "1": ""}.get(r, f" + r{r} * {inner}")
+        at += f" + c{k}" if k != "1" else ""
+        return at, self._pad(op.dims)
 
     def _store(self, name: str, op: Op) -> None:
         r, k = op.dims
         col = f" + c{k}" if k != "1" else ""
         size = f" * {k}" if k != "1" else ""
-        shape = f"[{SIZE[r]}, {SIZE[k]}]"
-        value = f"tl.broadcast_to(v{op.id}, {shape})"
-        masks = [f"(c{k} < {k})"] if k != "1" else []
-        if self.split and self.split != k:  # every block computes it: the first stores it
+        value = f"tl.broadcast_to({self.plain[op.id]}, [{SIZE[r]}, {SIZE[k]}])"
+        masks = [f"inc{k}"] if k != "1" else []
+        at = f"o_{name}"
+        if op.id in self.part:  # every block stores its share
+            at += f" + block.to(tl.int64) * ({'B * T' if r == 'T' else 'CHUNKS'} * HV{size})"
+        elif self.split and self.split != k:  # every block computes it: the first stores it
             masks.append("(block == 0)")
         if r == "T":
             masks.insert(0, "rows")
-            self.line(f"to_{name} = o_{name} + (((batch * T + begin + time) * HV + head){size})")
+            self.line(f"to_{name} = {at} + (((batch * T + begin + time) * HV + head){size})")
             self.line(f"tl.store(to_{name} + row * (HV{size}){col}, {value}.to(o_{name}.dtype.element_ty), "
                       f"mask={' & '.join(masks)})")
         else:
-            at = f"o_{name} + saved{size}{col}" if col else f"o_{name} + saved + tl.zeros([1, 1], tl.int32)"
-            tail = f", mask={' & '.join(masks)}" if masks else ""
-            if masks and not col:
-                tail = f", mask={' & '.join(masks)} & (tl.zeros([1, 1], tl.int32) == 0)"
-            self.line(f"tl.store({at}, {value}.to(o_{name}.dtype.element_ty){tail})")
+            place = f"{at} + saved{size}{col}" if col else f"{at} + saved + tl.zeros([1, 1], tl.int32)"
+            mask = " & ".join(masks if col else ["tl.full([1, 1], True, tl.int1)", *masks])
+            self.line(f"tl.store({place}, {value}.to(o_{name}.dtype.element_ty), mask={mask})")
 
     # -- operations ---------------------------------------------------------------------------------------------------
 
     def _pad(self, dims: Dims) -> str:
         """The mask of what is not padding in a tile of these dimensions."""
-        parts = [f"(r{dims[0]} < {dims[0]})"] if dims[0] in "KV" else []
-        parts += [f"(c{dims[1]} < {dims[1]})"] if dims[1] in "KV" else []
-        return " & ".join(parts)
+        parts = [f"inr{dims[0]}"] if dims[0] in "KV" else []
+        parts += [f"inc{dims[1]}"] if dims[1] in "KV" else []
+        return " & ".join(parts) or "None"
 
     def _keep(self, op: Op, dims: Iterable[str]) -> None:
         """Make the padding of a value zero along the dimensions along which it might not be."""
         for d in dict.fromkeys(dims):
-            at = f"(r{d} < {d})" if op.dims[0] == d else f"(c{d} < {d})"
+            at = f"inr{d}" if op.dims[0] == d else f"inc{d}"
             self.line(f"v{op.id} = keep(v{op.id}, {at}, PAD{d})")
 
     def _group_forms(self) -> dict[int, tuple[int, int, int]]:
         """Decay forms with respect to X, Y and g of the same operands: they are computed together, by the first one."""
         forms = {(op.attr("wrt"), op.args, op.attr("before")): op for op in self.body if op.kind == "form"}
-        order = {op.id: n for n, op in enumerate(self.body)}
+        place = {op.id: n for n, op in enumerate(self.body)}
         out: dict[int, tuple[int, int, int]] = {}
         for op in self.body:
             if op.kind == "form_gate":
@@ -402,68 +407,133 @@ class _Writer:
                 fx, fy = forms.get(("X", (p, y, g), op.attr("before"))), forms.get(("Y", (p, x, g), op.attr("before")))
                 if fx and fy and fx.attr("strict") == fy.attr("strict"):
                     ids = (fx.id, fy.id, op.id)
-                    head = min(ids, key=lambda i: order[i])
-                    if all(order.get(a, -1) < order[head] for a in op.args):  # those not in the body were made before
+                    head = min(ids, key=lambda i: place[i])
+                    if all(place.get(a, -1) < place[head] for a in op.args):
                         out[head] = ids
         return out
 
+    def _absorbed(self) -> tuple[dict[int, tuple[int, int]], dict[int, tuple[int, int]]]:
+        """Elementwise products that need not exist: s ⊙ X whose rows are contracted, where s can go to the other operand
+        as well, and X ⊙ Y over (K, V) whose row sums are the diagonal of X Yᵀ."""
+        users: dict[int, list[Op]] = {}
+        for o in self.body:
+            for a in o.args:
+                users.setdefault(a, []).append(o)
+        ends = set(self.piece.roots(self.program))
+        scaled, traced = {}, {}
+        for op in self.body:
+            mine = users.get(op.id, [])
+            if op.id in ends or not mine:
+                continue
+            found = factor(self.program.index, op.id)
+            if found and found[0] not in self.part and all(o.kind == "matmul" and o.attr("ta") and "1" not in o.dims
+                                                           and len(set(o.args)) == 2 and not o.attr("tb") for o in mine):
+                scaled[op.id] = found
+            if (op.kind == "map" and op.attr("expr") == operand(0) * operand(1) and op.dims[0] == self.split
+                    and all(self.program.index[a].dims == op.dims for a in op.args) and "T" not in op.dims
+                    and all(o.kind == "sum" and o.attr("axis") == 1 for o in mine)):
+                traced[op.id] = op.args[0], op.args[1]
+        return scaled, traced
+
     def _op(self, op: Op) -> None:
-        a = [f"v{i}" for i in op.args]
+        if op.id in self.scaled or op.id in self.traced:
+            return
+        for i in op.args:
+            if i in self.piece.known and i not in self.done:
+                at, mask = self._tile(self.program.index[i])
+                self.line(f"v{i} = tl.load({at}, mask={mask}{'' if mask == 'None' else ', other=0.0'})")
+                self._loaded(i)
         name = f"v{op.id}"
+        self.plain[op.id] = name
         match op.kind:
             case "input":
                 self._load(op)
             case "map":
-                self._map(op, a)
+                self._map(op)
             case "expand":
-                self.line(f"{name} = tl.broadcast_to({a[0]}, [{SIZE[op.dims[0]]}, {SIZE[op.dims[1]]}])")
+                self.line(f"{name} = tl.broadcast_to({self.f(op.args[0])}, [{SIZE[op.dims[0]]}, {SIZE[op.dims[1]]}])")
                 source = self.program.index[op.args[0]].dims
                 self._keep(op, (d for d in op.dims if d in "KV" and d not in source))
             case "transpose":
-                self.line(f"{name} = tl.trans({a[0]})")
+                self.line(f"{name} = tl.trans({self.f(op.args[0])})")
             case "matmul":
-                self._matmul(op, a)
+                self._matmul(op)
+            case "sum" if op.args[0] in self.traced:
+                x, y = self.traced[op.args[0]]
+                text = f"tl.sum({self.f(x)} * {self.f(y)}, axis=1, keep_dims=True)"
+                self.line(f"{name} = {text} if DT == tl.float32 else diagonal(dot({self.h(x)}, tl.trans({self.h(y)}), DT))")
             case "sum":
-                self.line(f"{name} = tl.sum({a[0]}, axis={op.attr('axis')}, keep_dims=True)")
+                self.line(f"{name} = tl.sum({self.f(op.args[0])}, axis={op.attr('axis')}, keep_dims=True)")
             case "max":
-                mask = self._pad(self.program.index[op.args[0]].dims)
-                x = f"tl.where({mask}, {a[0]}, -float('inf'))" if mask else a[0]
+                mask, x = self._pad(self.program.index[op.args[0]].dims), self.f(op.args[0])
+                x = f"tl.where({mask}, {x}, -float('inf'))" if mask != "None" else x
                 self.line(f"{name} = tl.max({x}, axis={op.attr('axis')}, keep_dims=True)")
             case "valid":
-                self.line(f"{name} = tl.where(rows, {a[0]}, 0.0)")
+                source = self.program.index[op.args[0]]
+                if self._zero_behind(source) or self._only_stored(op):
+                    self._same(op.id, op.args[0])
+                else:
+                    self.line(f"{name} = tl.where(rows, {self.f(op.args[0])}, 0.0)")
             case "cumsum":
-                x = self._gate(op.args[0])
-                self.line(f"{name} = cumsum({x}, {op.attr('reverse')}, {op.attr('exclusive')})")
+                self.line(f"{name} = {self._cumsum(op)}")
             case "mask":
-                self.line(f"{name} = lower({a[0]}, {op.attr('strict')})")
+                self.line(f"{name} = lower({self.f(op.args[0])}, {op.attr('strict')})")
             case "between":
-                self.line(f"{name} = between({self._gate(op.args[0])}, {op.attr('strict')}, {op.attr('before')}, DT)")
+                self.line(f"{name} = between({self.gate(op.args[0])}, {op.attr('strict')}, {op.attr('before')}, DT)")
             case "between_grad":
-                self.line(f"{name} = between_grad({a[0]}, {op.attr('before')}, DT)")
+                self.line(f"{name} = between_grad({self.f(op.args[0])}, {op.attr('before')}, DT)")
             case "inverse":
-                self.line(f"{name} = inverse({a[0]}, LEVELS, DT)")
+                self.line(f"{name} = inverse({self.f(op.args[0])}, LEVELS, DT)")
             case "form" | "form_gate":
-                self._form(op, a)
+                self._form(op)
             case _:
                 raise AssertionError(f"no Triton source for {op.kind}")
 
-    def _gate(self, i: int) -> str:
-        """A log decay, bounded below where it would only make a sum infinite: e^-128 is 0 in float32."""
-        return f"tl.maximum(v{i}, -128.0)" if i in self.gates else f"v{i}"
+    def _zero_behind(self, op: Op) -> bool:
+        """Rows behind the sequence's end are zero already."""
+        return op.kind == "valid" or op.kind == "input" and op.attr("role") == "token"
+
+    def _only_stored(self, op: Op) -> bool:
+        """Nothing reads these rows but a store, which leaves them out."""
+        return not any(op.id in o.args for o in self.body) and all(op.id not in (c.inp, c.out) for c in self.carries)
+
+    def _cumsum(self, op: Op) -> str:
+        """Wide sums come from one running sum of each value where the inputs have 16 bits; else without a difference."""
+        i = op.args[0]
+        x, reverse, exclusive = self.gate(i), op.attr("reverse"), op.attr("exclusive")
+        apart = f"cumsum({x}, {reverse}, {exclusive}, DT)"
+        if op.dims[1] == "1":
+            return apart
+        total = f"tl.sum({x}, axis=0, keep_dims=True)"
+        near = {(False, False): "{s}", (False, True): "{s} - {x}", (True, False): "{t} - {s} + {x}", (True, True): "{t} - {s}"}
+        close = near[reverse, exclusive].format(s=self.sums(i), x=x, t=total)
+        if i in self.gates:
+            close = f"tl.minimum({close}, 0.0)"
+        return f"{apart} if DT == tl.float32 else {close}"
 
     def _load(self, op: Op) -> None:
-        n, k = op.attr("name"), op.dims[1]
-        col, mask = (f" + c{k}", f"rows & (c{k} < {k})") if k != "1" else ("", "rows")
-        self.line(f"v{op.id} = tl.load(p_{n} + time.to(tl.int64) * st_{n} + row * st_{n}{col}, mask={mask}, "
-                  "other=0.0).to(tl.float32)")
+        if op.attr("role") == "carry":
+            c = next(c for c in self.loads if c.inp == op.id)
+            offset, mask, elements = self._memory(c)
+            self.line(f"v{op.id} = tl.load(s_{c.name} + saved * ({elements}) + {offset}, mask={mask}, other=0.0)")
+        else:
+            n, k = op.attr("name"), op.dims[1]
+            col, mask = (f" + c{k}", f"rows & inc{k}") if k != "1" else ("", "rows")
+            self.line(f"v{op.id} = tl.load(p_{n} + time.to(tl.int64) * st_{n} + row * st_{n}{col}, mask={mask}, other=0.0)")
 
-    def _map(self, op: Op, names: list[str]) -> None:
-        expr, p = op.attr("expr"), _Expression(f"w{op.id}", names)
+    def _map(self, op: Op) -> None:
+        expr = op.attr("expr")
+        if any(a in self.part for a in op.args):  # what is no sum over the blocks counts once
+            alone = expr.xreplace({operand(i): sympy.Integer(0) for i, a in enumerate(op.args) if a in self.part})
+            if alone != 0:
+                expr = sympy.expand(expr - alone) + sympy.Symbol("lead") * alone
+        p = _Expression(f"w{op.id}", [self.f(i) for i in op.args])
+        p.known[sympy.Symbol("lead")] = "lead"
         text = p(expr)
         for line in p.lines:
             self.line(line)
         self.line(f"v{op.id} = {text}" if op.args else f"v{op.id} = tl.full([1, 1], {text}, tl.float32)")
-        symbols = {sympy.Symbol(f"x{i}", real=True): self.program.index[j].dims for i, j in enumerate(op.args)}
+        symbols = {operand(i): self.program.index[j].dims for i, j in enumerate(op.args)}
         self._keep(op, [d for d in op.dims if d in "KV"
                         and expr.xreplace({s: sympy.Integer(0) for s, dims in symbols.items() if d in dims}) != 0])
         zero = {s: sympy.Integer(0) for s in symbols}
@@ -471,12 +541,21 @@ class _Writer:
         if op.dims[0] == "T" and (risky or any(type(f).__name__ == "log" for f in expr.atoms(sympy.Function))):
             self.line(f"v{op.id} = tl.where(rows, v{op.id}, 0.0)")
 
-    def _matmul(self, op: Op, a: list[str]) -> None:
+    def _matmul(self, op: Op) -> None:
         dims = [self.program.index[i].dims for i in op.args]
         ta, tb = op.attr("ta"), op.attr("tb")
+        inner = dims[0][0 if ta else 1]
+        wide = inner != "1" and "1" not in op.dims
+        factors = [self.scaled[i][0] for i in op.args if i in self.scaled]
+        ids = [self.scaled[i][1] if i in self.scaled else i for i in op.args]
+        a = [(self.h if wide else self.f)(i) for i in ids]
+        if factors:  # on the narrower operand
+            narrow = 0 if self.program.index[ids[0]].dims[1] == self.split else 1
+            scale = " * ".join([self.f(ids[narrow]), *map(self.f, factors)])
+            key = "h" + "_".join(map(str, factors)) + "_"
+            a[narrow] = self._form_of(ids[narrow], key, f"({scale}).to(DT)")
         left = f"tl.trans({a[0]})" if ta else a[0]
         right = f"tl.trans({a[1]})" if tb else a[1]
-        inner = dims[0][0 if ta else 1]
         if inner == "1":
             text = f"{left} * {right}"
         elif op.dims[1] == "1":
@@ -489,17 +568,24 @@ class _Writer:
             text = f"dot({left}, {right}, DT)"
         self.line(f"v{op.id} = {text}")
 
-    def _form(self, op: Op, a: list[str]) -> None:
-        g = self._gate(op.args[-1])
-        before = op.attr("before")
+    def _form(self, op: Op) -> None:
         if op.id in self.groups:
             x, y, gate = self.groups[op.id]
-            p, *rest = (f"v{i}" for i in self.program.index[gate].args[:-1])
-            strict = self.program.index[x].attr("strict")
-            self.line(f"v{x}, v{y}, v{gate} = form_all({p}, {', '.join(rest)}, {g}, {strict}, {before}, LEVELS, DT)")
-            self.done |= {x, y, gate}
-        elif op.kind == "form_gate":
-            self.line(f"v{op.id} = form_gate({', '.join(a[:-1])}, {g}, {before}, LEVELS, DT)")
+            ids, like = self.program.index[gate].args, self.program.index[x]
         else:
-            wrt = op.attr("wrt").lower()
-            self.line(f"v{op.id} = form_{wrt}({', '.join(a[:-1])}, {g}, {op.attr('strict')}, {before}, LEVELS, DT)")
+            ids, like = op.args, op
+        a = ", ".join(map(self.f, ids[:-1]))
+        tail = f"{self.gate(ids[-1])}, {self.sums(ids[-1])}, {like.attr('strict')}, {like.attr('before')}, LEVELS, DT"
+        if op.id in self.groups:
+            self.line(f"v{x}, v{y}, v{gate} = form_all({a}, {tail})")
+            for i in (x, y, gate):
+                self._loaded(i)
+        elif op.kind == "form_gate":
+            self.line(f"v{op.id} = form_gate({a}, {tail})")
+        else:
+            self.line(f"v{op.id} = form_{op.attr('wrt').lower()}({a}, {tail})")
+
+
+def _weight(op: Op) -> int:
+    """Bytes of a value in registers: what is loaded has 16 bits as a rule."""
+    return EXTENT[op.dims[0]] * EXTENT[op.dims[1]] * (2 if op.kind == "input" else 4)

@@ -36,6 +36,16 @@ def exact_dot(a, b, DT: tl.constexpr):
 
 
 @triton.jit
+def half_dot(a, b, DT: tl.constexpr):
+    """a @ b with half of float32's digits, and all of its range, where the inputs have 16 bits."""
+    if tl.float32 == DT:
+        out = tl.dot(a, b, input_precision="ieee")
+    else:
+        out = tl.dot(a, b, input_precision="tf32")
+    return out
+
+
+@triton.jit
 def select_dot(m, x, DT: tl.constexpr):
     """M @ x for a mask M (0/1 exactly): x in two pieces keeps 16 bits of each summand."""
     if tl.bfloat16 == DT:
@@ -58,14 +68,39 @@ def keep(x, mask, ON: tl.constexpr):
 
 
 @triton.jit
-def cumsum(x, REVERSE: tl.constexpr, EXCLUSIVE: tl.constexpr):
-    """Running sum over the rows."""
-    if x.shape[1] == 1:  # Triton has no scan of columns of width 1
-        y = tl.cumsum(tl.reshape(x, [x.shape[0]]), axis=0, reverse=REVERSE)[:, None]
+def running(x, DT: tl.constexpr):
+    """Sums over the rows up to and with each."""
+    C: tl.constexpr = x.shape[0]
+    return select_dot(tl.arange(0, C)[None, :] <= tl.arange(0, C)[:, None], x, DT)
+
+
+@triton.jit
+def _behind(before_a, last_a, before_b, last_b):
+    """Of two runs of rows: the sum of all rows but the last, and the last."""
+    return before_a + last_a + before_b, last_b
+
+
+@triton.jit
+def cumsum(x, REVERSE: tl.constexpr, EXCLUSIVE: tl.constexpr, DT: tl.constexpr):
+    """Running sum over the rows without a difference of sums."""
+    C: tl.constexpr = x.shape[0]
+    if x.shape[1] == 1:
+        x = tl.reshape(x, [C])
+        if EXCLUSIVE:
+            y, _ = tl.associative_scan((tl.zeros_like(x), x), 0, _behind, reverse=REVERSE)
+        else:
+            y = tl.cumsum(x, axis=0, reverse=REVERSE)
+        y = y[:, None]
     else:
-        y = tl.cumsum(x, axis=0, reverse=REVERSE)
-    if EXCLUSIVE:
-        y = y - x
+        i = tl.arange(0, C)[:, None]
+        j = tl.arange(0, C)[None, :]
+        if REVERSE:
+            i, j = -i, -j
+        if EXCLUSIVE:
+            m = j < i
+        else:
+            m = j <= i
+        y = select_dot(m, x, DT)
     return y
 
 
@@ -91,8 +126,8 @@ def between(g, STRICT: tl.constexpr, BEFORE: tl.constexpr, DT: tl.constexpr):
         if BEFORE:
             s = s - tl.where(j < i, g, 0.0)
     else:
-        total = tl.cumsum(tl.reshape(g, [g.shape[0]]), axis=0)
-        s = total[:, None] - total[None, :]
+        total = cumsum(g, False, False, DT)
+        s = total - tl.trans(total)
         if BEFORE:
             s = tl.where(j < i, s - g, 0.0)
     if STRICT:
@@ -105,13 +140,23 @@ def between(g, STRICT: tl.constexpr, BEFORE: tl.constexpr, DT: tl.constexpr):
 @triton.jit
 def between_grad(w, BEFORE: tl.constexpr, DT: tl.constexpr):
     """dg_l = sum of W_ij over j < l <= i (l < i when `before`)."""
-    i = tl.arange(0, w.shape[0])[:, None]
-    j = tl.arange(0, w.shape[0])[None, :]
-    if BEFORE:
-        later = select_dot(j > i, w, DT)
-    else:
-        later = select_dot(j >= i, w, DT)
-    return tl.sum(tl.where(j < i, later, 0.0), axis=1, keep_dims=True)
+    C: tl.constexpr = w.shape[0]
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
+    if tl.float32 == DT:
+        if BEFORE:
+            later = exact_dot((j > i).to(tl.float32), w, DT)
+        else:
+            later = exact_dot((j >= i).to(tl.float32), w, DT)
+        out = tl.sum(tl.where(j < i, later, 0.0), axis=1, keep_dims=True)
+    else:  # rows up to l less columns up to l: the pairs that end before l cancel exactly
+        w = tl.where(j < i, w, 0.0)
+        rows = tl.sum(w, axis=1)
+        out = tl.cumsum(rows - tl.sum(w, axis=0), axis=0, reverse=True)
+        if BEFORE:
+            out = out - rows
+        out = out[:, None]
+    return out
 
 
 @triton.jit
@@ -159,7 +204,7 @@ def diagonal(p):
 
 
 @triton.jit
-def form_p(x, y, g, STRICT: tl.constexpr, BEFORE: tl.constexpr, LEVELS: tl.constexpr, DT: tl.constexpr):
+def halved_p(x, y, g, STRICT: tl.constexpr, BEFORE: tl.constexpr, LEVELS: tl.constexpr, DT: tl.constexpr):
     """P_ij = sum over d of X_id Y_jd exp(sum of g_d over (j, i])."""
     C: tl.constexpr = x.shape[0]
     out = tl.zeros([C, C], tl.float32)
@@ -174,7 +219,7 @@ def form_p(x, y, g, STRICT: tl.constexpr, BEFORE: tl.constexpr, LEVELS: tl.const
 
 
 @triton.jit
-def form_x(p, y, g, STRICT: tl.constexpr, BEFORE: tl.constexpr, LEVELS: tl.constexpr, DT: tl.constexpr):
+def halved_x(p, y, g, STRICT: tl.constexpr, BEFORE: tl.constexpr, LEVELS: tl.constexpr, DT: tl.constexpr):
     """X_id = sum over j of P_ij Y_jd exp(sum of g_d over (j, i])."""
     C: tl.constexpr = p.shape[0]
     out = tl.zeros([C, y.shape[1]], tl.float32)
@@ -187,7 +232,7 @@ def form_x(p, y, g, STRICT: tl.constexpr, BEFORE: tl.constexpr, LEVELS: tl.const
 
 
 @triton.jit
-def form_y(p, x, g, STRICT: tl.constexpr, BEFORE: tl.constexpr, LEVELS: tl.constexpr, DT: tl.constexpr):
+def halved_y(p, x, g, STRICT: tl.constexpr, BEFORE: tl.constexpr, LEVELS: tl.constexpr, DT: tl.constexpr):
     """Y_jd = sum over i of P_ij X_id exp(sum of g_d over (j, i])."""
     C: tl.constexpr = p.shape[0]
     out = tl.zeros([C, x.shape[1]], tl.float32)
@@ -200,21 +245,8 @@ def form_y(p, x, g, STRICT: tl.constexpr, BEFORE: tl.constexpr, LEVELS: tl.const
 
 
 @triton.jit
-def form_gate(p, x, y, g, BEFORE: tl.constexpr, LEVELS: tl.constexpr, DT: tl.constexpr):
-    """dg_l = sum over the pairs j < l <= i (l < i when `before`) of P X Y and their decay: sums only."""
-    C: tl.constexpr = p.shape[0]
-    out = tl.zeros([C, g.shape[1]], tl.float32)
-    for b in range(1, LEVELS + 1):
-        e = tl.exp(select_dot(reach(b, C, BEFORE), g, DT))
-        q = tl.where(pairs(b, C), p, 0.0)
-        w = (x * e) * dot(q, y * e, DT) + (y * e) * dot(tl.trans(q), x * e, DT)
-        out += select_dot(reached(b, C, BEFORE), w, DT)
-    return out
-
-
-@triton.jit
-def form_all(p, x, y, g, STRICT: tl.constexpr, BEFORE: tl.constexpr, LEVELS: tl.constexpr, DT: tl.constexpr):
-    """`form_x`, `form_y` and `form_gate` of the same operands at once: the factors of a level are made once."""
+def halved_all(p, x, y, g, STRICT: tl.constexpr, BEFORE: tl.constexpr, LEVELS: tl.constexpr, DT: tl.constexpr):
+    """The three partial derivatives of the same operands at once: the factors of a level are made once."""
     C: tl.constexpr = p.shape[0]
     dx = tl.zeros([C, y.shape[1]], tl.float32)
     dy = tl.zeros([C, y.shape[1]], tl.float32)
@@ -235,6 +267,98 @@ def form_all(p, x, y, g, STRICT: tl.constexpr, BEFORE: tl.constexpr, LEVELS: tl.
 
 
 @triton.jit
+def mild(s, DT: tl.constexpr):
+    """Whether exp(-s) of the running log decays s is far from overflow in DT."""
+    if tl.float16 == DT:
+        out = tl.min(s) > -8.0
+    else:
+        out = tl.min(s) > -80.0
+    return out
+
+
+@triton.jit
+def form_p(x, y, g, s, STRICT: tl.constexpr, BEFORE: tl.constexpr, LEVELS: tl.constexpr, DT: tl.constexpr):
+    """P_ij = sum over d of X_id Y_jd exp(sum of g_d over (j, i])."""
+    if tl.float32 == DT:
+        out = halved_p(x, y, g, STRICT, BEFORE, LEVELS, DT)
+    elif mild(s, DT):
+        out = lower(dot(x * since(s, g, BEFORE), tl.trans((y * tl.exp(-s)).to(DT)), DT), STRICT)
+    else:
+        out = halved_p(x, y, g, STRICT, BEFORE, LEVELS, DT)
+    return out
+
+
+@triton.jit
+def form_x(p, y, g, s, STRICT: tl.constexpr, BEFORE: tl.constexpr, LEVELS: tl.constexpr, DT: tl.constexpr):
+    """X_id = sum over j of P_ij Y_jd exp(sum of g_d over (j, i])."""
+    if tl.float32 == DT:
+        out = halved_x(p, y, g, STRICT, BEFORE, LEVELS, DT)
+    elif mild(s, DT):
+        out = since(s, g, BEFORE) * dot(lower(p, STRICT), y * tl.exp(-s), DT)
+    else:
+        out = halved_x(p, y, g, STRICT, BEFORE, LEVELS, DT)
+    return out
+
+
+@triton.jit
+def form_y(p, x, g, s, STRICT: tl.constexpr, BEFORE: tl.constexpr, LEVELS: tl.constexpr, DT: tl.constexpr):
+    """Y_jd = sum over i of P_ij X_id exp(sum of g_d over (j, i])."""
+    if tl.float32 == DT:
+        out = halved_y(p, x, g, STRICT, BEFORE, LEVELS, DT)
+    elif mild(s, DT):
+        out = tl.exp(-s) * dot(tl.trans(lower(p, STRICT).to(DT)), x * since(s, g, BEFORE), DT)
+    else:
+        out = halved_y(p, x, g, STRICT, BEFORE, LEVELS, DT)
+    return out
+
+
+@triton.jit
+def form_gate(p, x, y, g, s, STRICT: tl.constexpr, BEFORE: tl.constexpr, LEVELS: tl.constexpr, DT: tl.constexpr):
+    """dg_l = sum over the pairs j < l <= i (l < i when `before`) of P X Y and their decay."""
+    _, _, out = form_all(p, x, y, g, s, STRICT, BEFORE, LEVELS, DT)
+    return out
+
+
+@triton.jit
+def form_all(p, x, y, g, s, STRICT: tl.constexpr, BEFORE: tl.constexpr, LEVELS: tl.constexpr, DT: tl.constexpr):
+    """`form_x`, `form_y` and `form_gate` of the same operands at once."""
+    if tl.float32 == DT:
+        dx, dy, dg = halved_all(p, x, y, g, STRICT, BEFORE, LEVELS, DT)
+    elif mild(s, DT):
+        e = since(s, g, BEFORE)
+        xe = (x * e).to(DT)
+        ye = (y * tl.exp(-s)).to(DT)
+        q = lower(p, STRICT).to(DT)
+        ax = dot(q, ye, DT)
+        ay = dot(tl.trans(q), xe, DT)
+        dx = e * ax
+        dy = tl.exp(-s) * ay
+        # a pair adds to the rows l <= i and takes from the rows l <= j what cancels exactly: both use the rounded factors
+        up = xe.to(tl.float32) * ax
+        dg = later(up - ye.to(tl.float32) * ay, DT)
+        if BEFORE:
+            dg -= up
+    else:
+        dx, dy, dg = halved_all(p, x, y, g, STRICT, BEFORE, LEVELS, DT)
+    return dx, dy, dg
+
+
+@triton.jit
+def since(s, g, BEFORE: tl.constexpr):
+    """The decay from the chunk's start up to (and with, unless `before`) each row."""
+    if BEFORE:
+        s = s - g
+    return tl.exp(s)
+
+
+@triton.jit
+def later(x, DT: tl.constexpr):
+    """Sums over each row and the rows behind it."""
+    C: tl.constexpr = x.shape[0]
+    return select_dot(tl.arange(0, C)[None, :] >= tl.arange(0, C)[:, None], x, DT)
+
+
+@triton.jit
 def inverse(a, LEVELS: tl.constexpr, DT: tl.constexpr):
     """(I + L)^-1 of a strictly lower L by recursive block inversion."""
     C: tl.constexpr = a.shape[0]
@@ -242,5 +366,5 @@ def inverse(a, LEVELS: tl.constexpr, DT: tl.constexpr):
     j = tl.arange(0, C)[None, :]
     x = tl.where(i == j, 1.0, 0.0) - tl.where(pairs(1, C), a, 0.0)
     for b in range(2, LEVELS + 1):
-        x -= exact_dot(x, exact_dot(tl.where(pairs(b, C), a, 0.0), x, DT), DT)
+        x -= half_dot(x, half_dot(tl.where(pairs(b, C), a, 0.0), x, DT), DT)
     return x

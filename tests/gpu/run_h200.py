@@ -30,6 +30,7 @@ from lsmc.pipeline import Options, compile_plan
 
 BOUND = {"o": 5e-3, "end": 5e-3, "gate": 2e-2, "grad": 8e-3}
 REGIMES = ("typical", "none", "weak", "sigmoid", "strong", "huge", "mixture", "spike")
+QUICK = ("typical", "strong", "mixture")
 SHAPES = {"B16 T4096 H8": (16, 4096, 8), "B8 T2048 H8": (8, 2048, 8)}
 
 
@@ -139,12 +140,13 @@ def limits(name: str, dtype: torch.dtype) -> dict[str, float]:
     return {n: bound(n) for n in ("o", "end", *(f"d_{f.name}" for f in getattr(lsmc.zoo, name).canonical.inputs))}
 
 
-def worker(name: str, until: float) -> None:
+def worker(name: str, until: float, full: bool) -> None:
     """All checks of one method, as JSON lines."""
     first = time.time()
-    todo = [(s, g, torch.bfloat16, 128, 128) for s in ("fused", "two_pass") for g in REGIMES]
-    todo += [(s, "typical", torch.bfloat16, 64, 64) for s in ("fused", "two_pass")]
-    todo += [(s, "sigmoid", torch.float32, 64, 64) for s in ("fused", "two_pass")]
+    todo = [(s, g, torch.bfloat16, 128, 128) for s in ("fused", "two_pass") for g in (REGIMES if full else QUICK)]
+    if full:
+        todo += [(s, "typical", torch.bfloat16, 64, 64) for s in ("fused", "two_pass")]
+        todo += [(s, "sigmoid", torch.float32, 64, 64) for s in ("fused", "two_pass")]
     c = getattr(lsmc.zoo, name).canonical
     if not any(f.name in gate_names(c) for f in c.inputs):
         todo = [x for x in todo if x[1] in ("typical", "sigmoid")]
@@ -168,14 +170,15 @@ def worker(name: str, until: float) -> None:
         print(json.dumps(row), flush=True)
 
 
-CONFIGS = [{"num_warps": w, "num_stages": s} for w, s in ((4, 1), (4, 2), (8, 1), (8, 2), (8, 3))]
+WHOLE = [{"num_warps": w, "num_stages": s} for w, s in ((4, 1), (8, 1), (8, 2))]
+SPLIT = [(4, 32, 2), (4, 64, 1), (4, 64, 2), (8, 64, 2), (8, 128, 1), (8, 128, 2)]
 
 
 def candidates(k: Any) -> list[dict[str, int]]:
     if k.split is None:
-        return CONFIGS
+        return WHOLE
     block = "BV" if k.split == "V" else "BK"
-    return [{**c, block: n} for c, n in itertools.product(CONFIGS, (32, 64, 128)) if n < 128 or c["num_warps"] == 8]
+    return [{"num_warps": w, block: n, "num_stages": s} for w, n, s in SPLIT if k.scan or s < 3]
 
 
 def launches(name: str, schedule: str, b: int, t: int, h: int) -> list[tuple[Any, Any]]:
@@ -269,11 +272,12 @@ def main() -> None:
     parser.add_argument("--worker", type=float)
     parser.add_argument("--warm", type=float)
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="fewer regimes of gates, bf16 only")
     parser.add_argument("--no-checks", action="store_true")
     a = parser.parse_args()
     names = a.names or methods()
     if a.worker:
-        worker(names[0], a.worker)
+        worker(names[0], a.worker, not a.quick)
         return
     if a.warm:
         warm(names[0], a.warm)
@@ -284,7 +288,7 @@ def main() -> None:
     jobs: list[tuple[str, subprocess.Popen[str]]] = []
     modes = ([] if a.no_checks else ["--worker"]) + (["--warm"] if a.sweep else [])
     for mode, n in itertools.product(modes, names):
-        command = [sys.executable, __file__, n, mode, str(half)]
+        command = [sys.executable, __file__, n, mode, str(half), *(["--quick"] if a.quick else [])]
         jobs.append((n, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)))
     rows: list[dict[str, Any]] = []
     for n, job in jobs:

@@ -1,0 +1,148 @@
+"""Scheduled program → pieces: one launch each, with the dimension along which its programs share the work.
+
+A piece splits along a dimension if nothing in its body contracts that dimension (*clean*), or if only outputs of one
+number per token contract it, linearly, in the end (*partial*): then each block stores its share and the launch sums them.
+Stores that are clean along different dimensions part into different pieces, so that wide partial sums never exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lsmc.ir import Op, Program, operand
+from lsmc.schedules import Kernel, Schedule
+
+LINEAR = ("expand", "transpose", "sum", "valid", "cumsum", "mask", "between_grad")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One launch. `known` are values made by an earlier piece, `makes` those that this one makes for later ones."""
+
+    kernel: Kernel
+    known: frozenset[int]
+    makes: tuple[int, ...]
+    split: str | None
+
+    def roots(self, program: Program) -> list[int]:
+        return [*self.makes, *roots(program, self.kernel)]
+
+
+def contracts(program: Program, op: Op) -> set[str]:
+    """The named dimensions that an operation sums (or maximises) over."""
+    dims = [program.index[a].dims for a in op.args]
+    match op.kind:
+        case "matmul":
+            return {dims[0][0 if op.attr("ta") else 1]}
+        case "sum" | "max":
+            return {dims[0][op.attr("axis")]}
+        case "form":
+            return {dims[-1][1]} if op.attr("wrt") == "P" else set()
+    return set()
+
+
+def roots(program: Program, kernel: Kernel) -> list[int]:
+    """What a kernel leaves behind: its stores and, if it scans, its memories."""
+    out = [i for n, i in program.outputs if n in kernel.stores]
+    return out + [i for c in program.carries if c.name in kernel.carries for i in (c.out, c.inp)]
+
+
+def costly(program: Program, schedule: Schedule) -> set[int]:
+    """What a first kernel, over all chunks in parallel, makes for the others, from the forward inputs alone: products over
+    pairs of tokens that take a series of products (inverses, decays along K or V), and what of the decays along K or V
+    a scan would otherwise compute serially."""
+    free, dear = set[int](), set[int]()
+    for op in program.ops:
+        outside = op.kind == "input" and (op.attr("role") == "carry" or f"d_{op.attr('name')}" not in dict(program.outputs)
+                                          and program.name.endswith("_backward"))
+        if not outside and all(a in free for a in op.args):
+            free.add(op.id)
+            wide = op.kind in ("cumsum", "sum") and program.index[op.args[0]].dims[0] == "T" and op.dims[1] != "1"
+            if any(a in dear for a in op.args) or op.kind in ("form", "inverse") or wide:
+                dear.add(op.id)
+    out = {op.id for op in program.ops if op.id in dear and (op.kind == "inverse" or op.kind == "form" and op.dims == ("T", "T"))}
+    for k in schedule.kernels:
+        for op in program.ancestors(roots(program, Kernel(k.name, k.carries, (), ()))) if k.carries else ():
+            if op.id not in free or op.kind == "matmul":
+                out |= {a for a in op.args if a in dear and program.index[a].dims not in (("K", "V"), ("V", "K"))}
+    return out
+
+
+def shares(program: Program, body: Iterable[Op], dim: str) -> set[int] | None:
+    """The values of `body` that are sums of what the blocks of `dim` hold; None where such a sum is used otherwise."""
+    out: set[int] = set()
+    for op in body:
+        parts = [a for a in op.args if a in out]
+        if dim in contracts(program, op):
+            if parts or op.kind not in ("matmul", "sum"):
+                return None
+            out.add(op.id)
+        elif parts and op.kind == "map":
+            used = [i for i, a in enumerate(op.args) if a in out]
+            for i in used:
+                if op.attr("expr").diff(operand(i)).free_symbols & {operand(j) for j in used}:
+                    return None
+            out.add(op.id)
+        elif parts:
+            if op.kind not in LINEAR:
+                return None
+            out.add(op.id)
+    return out
+
+
+def splits(program: Program, kernel: Kernel, known: Iterable[int]) -> dict[str, bool]:
+    """The dimensions along which a kernel can split, and whether it is clean along them."""
+    found = {}
+    carried = [i for c in program.carries if c.name in kernel.carries for i in (c.inp, c.out)]
+    ends = roots(program, kernel)
+    for dim in ("V", "K"):
+        part = shares(program, program.ancestors(ends, known), dim)
+        if part is None or part & set(carried):
+            continue
+        wide = [i for i in ends if i in part and program.index[i].dims[1] != "1"]
+        if not wide and (part & set(ends) or any(dim in program.index[i].dims for i in ends)):
+            found[dim] = not part & set(ends)
+    return found
+
+
+def pieces(program: Program, schedule: Schedule) -> tuple[Piece, ...]:
+    """The launches of a schedule, in order."""
+    dear = costly(program, schedule)
+    out: list[Piece] = []
+    for k in schedule.kernels:
+        out += _part(program, k, dear)
+    if len(out) == 1 and not out[0].kernel.carries:
+        return (Piece(out[0].kernel, frozenset(), (), out[0].split),)
+    used = {a for p in out for op in program.ancestors(p.roots(program), dear) for a in op.args} & dear
+    if used:
+        out.insert(0, Piece(Kernel("prepare", (), (), ()), frozenset(), tuple(sorted(used)), None))
+    return tuple(out)
+
+
+def _part(program: Program, k: Kernel, known: set[int]) -> list[Piece]:
+    """One kernel by the dimensions that its stores split along, clean ones first."""
+    memory = splits(program, Kernel(k.name, k.carries, (), ()), known) if k.carries else {"V": True, "K": True}
+    groups: dict[str | None, list[str]] = {}
+    loose: list[tuple[str, dict[str, bool]]] = []
+    for n in k.stores:
+        way = {d: clean for d, clean in splits(program, Kernel(k.name, (), (), (n,)), known).items() if d in memory}
+        clean = [d for d in ("V", "K") if way.get(d)]
+        if clean:
+            groups.setdefault(clean[0], []).append(n)
+        else:
+            loose.append((n, way))
+    for n, way in loose:
+        fits = [d for d in ("K", "V") if d in way]
+        there = [d for d in fits if d in groups]
+        groups.setdefault((there or fits or [None])[0], []).append(n)
+    if not groups:
+        groups[next((d for d in ("V", "K") if d in memory), None)] = []
+    if len(groups) == 1:
+        (d, stores), = groups.items()
+        return [Piece(k, frozenset(known), (), d)]
+    out = []
+    for i, (d, stores) in enumerate(sorted(groups.items(), key=lambda g: str(g[0]))):
+        name = f"{k.name}_{d or 'whole'}"
+        out.append(Piece(Kernel(name, k.carries, k.saves if i == 0 else (), tuple(stores)), frozenset(known), (), d))
+    return out

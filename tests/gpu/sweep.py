@@ -1,0 +1,114 @@
+"""Time every kernel of some methods under many plans: `python tests/gpu/sweep.py --methods gla,kda [--chunks 64,128]`.
+
+Compiles all candidates in parallel processes first, then times each alone, by CUDA events around a captured graph.
+Prints, for each kernel, the best few plans; nothing is compared with a reference here (`run_h200.py` does that).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+os.environ.setdefault("LSMC_CACHE", "/tmp/lsmc-cache")
+
+import torch
+
+from lsmc.lowering.backends import triton as backend
+from tests.gpu.run_h200 import candidates, inputs_for, make, milliseconds
+
+SHAPES = {"large": (16, 4096, 8), "paper": (8, 2048, 8), "long": (1, 16384, 8), "tiny": (1, 256, 1)}
+
+
+@cache
+def prepared(name: str, schedule: str, chunk: int, shape: str) -> dict[str, tuple[Any, Any]]:
+    """Every kernel of a method by name, with a launch whose buffers exist."""
+    b, t, h = SHAPES[shape]
+    c, f, r, carries = make(name, schedule, chunk)
+    x = inputs_for(c, b, t, h, h, 128, 128, torch.bfloat16)
+    size = {"K": 128, "V": 128, "1": 1}
+    start = {n: torch.zeros(b, h, size[a], size[d], device="cuda") for n, (a, d) in carries}
+    x2 = {**x, "d_o": torch.randn(b, t, h, 128, device="cuda", dtype=torch.bfloat16)}
+    out = {}
+    for compiled, tensors, memory in ((f, x, start), (r, x2, {**start, **{f"d_{n}": s for n, s in start.items()}})):
+        run = backend._Launch(compiled, tensors, memory, chunk, None, {})
+        for k in compiled.kernels:
+            run.arguments(k)
+            out[k.name] = (run, k)
+    return out
+
+
+def compile_one(job: tuple[str, str, int, str, dict[str, int]]) -> str:
+    name, schedule, chunk, kernel, plan = job
+    run, k = prepared(name, schedule, chunk, "tiny")[kernel]
+    run.compiled.plans[k.name] = plan
+    try:
+        run.kernel(k)
+        torch.cuda.synchronize()
+    except Exception as e:
+        return f"{job}: {str(e)[-120:]}"
+    return ""
+
+
+def main() -> None:
+    p = argparse.ArgumentParser()
+    p.add_argument("--methods", default="bla,retnet,gla,gated_deltanet,kda,rwkv6")
+    p.add_argument("--schedules", default="fused,two_pass")
+    p.add_argument("--chunks", default="64")
+    p.add_argument("--shapes", default="large,paper")
+    p.add_argument("--seconds", type=float, default=300)
+    p.add_argument("--out", default="sweep.json")
+    a = p.parse_args()
+    begin = time.time()
+    jobs = []
+    for name, schedule, chunk in itertools.product(a.methods.split(","), a.schedules.split(","), map(int, a.chunks.split(","))):
+        for compiled in make(name, schedule, chunk)[1:3]:
+            for k in compiled.kernels:
+                jobs += [(name, schedule, chunk, k.name, plan) for plan in candidates(k)]
+    failed, done = [], set()
+    with ProcessPoolExecutor(15, mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(compile_one, j): i for i, j in enumerate(jobs)}
+        try:
+            for f in as_completed(futures, timeout=a.seconds):
+                done.add(futures[f])
+                failed += [f.result()] if f.result() else []
+        except TimeoutError:
+            print("compiling stopped at the limit")
+            for process in pool._processes.values():
+                process.kill()
+    print(f"{len(done)} of {len(jobs)} compiled in {time.time() - begin:.0f} s; failed: {len(failed)}", *failed[:4], sep="\n")
+    rows = []
+    for shape in a.shapes.split(","):
+        for i, (name, schedule, chunk, kernel, plan) in enumerate(jobs):
+            if i in done:
+                run, k = prepared(name, schedule, chunk, shape)[kernel]
+                run.compiled.plans[k.name] = plan
+                try:
+                    rows.append((shape, name, schedule, chunk, kernel, milliseconds(lambda run=run, k=k: run.kernel(k), 5), plan))
+                except Exception:
+                    continue
+        prepared.cache_clear()
+        torch.cuda.empty_cache()
+    Path(a.out).write_text(json.dumps(rows))
+    total: dict[tuple[str, str, str, int], list[float]] = {}
+    for key, group in itertools.groupby(rows, key=lambda r: r[:5]):
+        best = sorted(group, key=lambda r: r[5])
+        total.setdefault(key[:4], []).append(best[0][5])
+        text = "  ".join(f"{r[5]:.3f} " + "".join(f"{n[0] if n[0] != 'n' else n[4]}{v}" for n, v in r[6].items()) for r in best[:4])
+        print(*key[:1], key[4], key[3], "|", text, f"| worst {best[-1][5]:.3f}")
+    for key, times in total.items():
+        print(*key, f"sum of the best {sum(times):.3f} ms")
+    print(f"{time.time() - begin:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
