@@ -42,6 +42,8 @@ from lsmc.expr import (
 from lsmc.functions import Abs, exp, log, log1p, sign
 from lsmc.terms import STANDARD
 
+_SHOWN = {"previous": "M", "decayed": "M'", "updated": "M+"}
+
 
 @dataclass(frozen=True)
 class Read:
@@ -51,6 +53,9 @@ class Read:
     symbol: Field
     key: sympy.Expr
     at: str
+
+    def __str__(self) -> str:
+        return f"{self.symbol} = ({show(self.key)}) . {_SHOWN[self.at]}"
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,8 @@ class Canonical:
     dims () or (K,); (V,); (K, V), or None. `inputs`: q, k, v (those that are used), then the decay's
     inputs, then the others, by name. `normalizer`: there is a second memory Z ∈ R^K, the same recurrence
     with v = 1 (its reads are scalars key · Z). `defaults`: per-head inputs that may be omitted, as
-    functions of the number of heads. `scale` of a call multiplies every occurrence of q.
+    functions of the number of heads. `where`: the update in the user's source, for errors of later stages.
+    `scale` of a call multiplies every occurrence of q.
     """
 
     name: str
@@ -95,9 +101,9 @@ class Canonical:
     output: sympy.Expr
     normalizer: bool
     defaults: dict[str, Callable[[int], list[float]]] = field(compare=False)
+    where: Where | None = field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
-        memory = {"previous": "M", "decayed": "M'", "updated": "M+"}
         lines = [
             f"{self.name}({', '.join(symbol.name + symbol.shape.replace(' ', '') for symbol in self.inputs)})"
         ]
@@ -107,11 +113,11 @@ class Canonical:
             if part is not None
         ]
         lines.append(f"  decay   M' = {' * '.join([*parts, 'M'])}")
-        lines += [f"  read    {r.symbol} = ({show(r.key)}) . {memory[r.at]}" for r in self.reads]
+        lines += [f"  read    {read}" for read in self.reads]
         lines += [f"  write   M+ = M' + ({show(w.key)})^T ({show(w.value)})" for w in self.writes[:1]]
         lines += [f"               + ({show(w.key)})^T ({show(w.value)})" for w in self.writes[1:]]
         lines += [
-            f"  query   {y.symbol} = ({show(y.key)}) . {memory[y.at].replace('M', y.of)}"
+            f"  query   {y.symbol} = ({show(y.key)}) . {_SHOWN[y.at].replace('M', y.of)}"
             for y in self.queries
         ]
         return "\n".join([*lines, f"  output  o = {show(self.output)}"])
@@ -415,7 +421,7 @@ def canonicalise(
     known = {symbol.name for symbol in inputs}
     return Canonical(
         name, inputs, decay_k, decay_v, decay_kv, read_list, writes, queries, output, normalizer,
-        {key: value for key, value in defaults.items() if key in known},
+        {key: value for key, value in defaults.items() if key in known}, where=spot,
     )  # fmt: skip
 
 

@@ -47,7 +47,7 @@ class _Derivation:
         self.c, self.b = canonical, Builder()
         if canonical.decay_kv is not None:
             raise _no_chunk_form(canonical, "a matrix decay over (K, V) does not factor over K and V",
-                                 "use Vector('a') * Vector('b', over='V')")
+                                 "use Vector('a') * Vector('b', over='V')", "decay")
         if canonical.reads and canonical.decay_v is not None:
             raise _no_chunk_form(canonical, "a memory that decays along V is read by its own update",
                                  "decay along K, or drop the read")
@@ -124,7 +124,8 @@ class _Derivation:
         for w in self.c.writes:
             coefs = {s: sympy.diff(w.value, s) for s in symbols}
             if any(c.has(*symbols) for c in coefs.values()) if symbols else False:
-                raise LsmNotAffineError.of(self.c.name, w.value, symbols)
+                used = [r for r in self.c.reads if w.value.has(r.symbol)]
+                raise LsmNotAffineError.of(self.c.name, w.value, used, self.c.where)
             const = sympy.expand(w.value).xreplace({s: sympy.Integer(0) for s in symbols})
             out = _Written(self.b.valid(self._key(w.key)), self.lower(const, ("T", "V")), None)
             if self.c.normalizer:
@@ -194,8 +195,9 @@ class _Derivation:
         return verify(prune(Program(self.c.name, tuple(b.ops), tuple(carries), (("o", o),))))
 
 
-def _no_chunk_form(canonical: Canonical, what: str, way: str) -> LsmNoChunkFormError:
-    return LsmNoChunkFormError(f"{canonical.name} has no chunk form: {what}",
+def _no_chunk_form(canonical: Canonical, what: str, way: str, part: str | None = None) -> LsmNoChunkFormError:
+    where = canonical.where.at(part) if canonical.where and part else canonical.where
+    return LsmNoChunkFormError(f"{canonical.name} has no chunk form: {what}", where=where,
                                help=f"{way}; lsmc.reference runs it step by step")
 
 

@@ -217,7 +217,8 @@ def _checked(term: Term, where: Where | None) -> sympy.Expr:
     if term.expr.is_positive:
         raise LsmDecayError(
             f"the log decay {term!r} is positive: the memory is multiplied by more than 1 at every token",
-            where=where.at(0) if where else None, help=f"log decays are ≤ 0: use {(-term)!r}",
+            where=where.at(0) if where else None,
+            help=f"a log decay is ≤ 0: use {(-term)!r}, or the logarithm of a factor in (0, 1]",
         )  # fmt: skip
     return term.expr
 

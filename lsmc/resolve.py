@@ -9,21 +9,30 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lsmc.errors import LsmNameError
+from lsmc.errors import LsmError, LsmNameError, LsmUnknownSymbolError, Where
+
+
+class LsmFileError(LsmError):
+    """A user's file that does not run: its line, and what Python says."""
+
+    __module__ = "lsmc"
 
 
 def resolve(text: str) -> Any:
     """``"FILE.py:NAME"`` imports the file and takes NAME from it; anything else is looked up in the zoo.
 
-    Raises `LsmNameError` when there is no such file or name, or when the name is not a declaration. What the
-    file itself raises while it runs is passed on as it is.
+    Raises `LsmNameError` when there is no such file or name, or when the name is not a declaration. Mistakes of the
+    language are passed on as they are; anything else that goes wrong while the file runs becomes an `LsmFileError`
+    at the line of the file, a name that it does not define an `LsmUnknownSymbolError`.
     """
     from lsmc.lsm import LSM
 
-    if ".py" in text:
+    if ".py" in text or ":" in text:
         path, _, name = text.rpartition(":")
-        if not path.endswith(".py"):
+        if text.endswith(".py") or (path.endswith(".py") and not name):
             raise LsmNameError(f"{text}: which declaration of the file?", help="write FILE.py:NAME")
+        if not path.endswith(".py"):
+            raise LsmNameError(f"{path or text} is not a Python file", help="write FILE.py:NAME")
         module = _import(Path(path))
         found = getattr(module, name, None)
         if not isinstance(found, LSM):
@@ -56,7 +65,30 @@ def _import(path: Path) -> ModuleType:
     sys.modules[module_name] = module  # before it runs: dataclasses and pickles look their module up
     try:
         spec.loader.exec_module(module)
+    except LsmError:
+        del sys.modules[module_name]
+        raise
+    except Exception as error:
+        del sys.modules[module_name]
+        raise _explained(path, error) from error
     except BaseException:
         del sys.modules[module_name]
         raise
     return module
+
+
+def _explained(path: Path, error: Exception) -> LsmError:
+    """What went wrong in the user's file, at the innermost of its lines."""
+    said = f"{type(error).__name__}: {error}"
+    if isinstance(error, SyntaxError):
+        place = f"{Path(error.filename or path).name}:{error.lineno}: " if error.lineno else ""
+        return LsmFileError(f"{place}{(error.text or '').strip()}\n    {type(error).__name__}: {error.msg}")
+    where, trace = None, error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == str(path):
+            where = Where(trace.tb_frame.f_code, trace.tb_lasti, trace.tb_lineno)
+        trace = trace.tb_next
+    if isinstance(error, NameError) and error.name:
+        way = f'declare it, {error.name} = scalar("{error.name}") or vector("{error.name}"), or import it'
+        return LsmUnknownSymbolError(said, where=where, help=way)
+    return LsmFileError(said, where=where)

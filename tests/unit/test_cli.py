@@ -11,7 +11,7 @@ import pytest
 
 from lsmc import cli, zoo
 from lsmc.errors import LsmNameError
-from lsmc.resolve import resolve
+from lsmc.resolve import LsmFileError, resolve
 from lsmc.runtime import bench, doctor
 
 OWN_METHOD = """
@@ -84,6 +84,8 @@ def test_check_tests_a_method_in_the_users_own_file(
         ("nonsense", "no method is called 'nonsense'"),
         ("missing.py:gla", "there is no file missing.py"),
         ("{own}", "which declaration of the file?"),
+        ("{own}:", "which declaration of the file?"),
+        ("own.txt:leaky", "own.txt is not a Python file"),
         ("{own}:absent", "it declares leaky"),
         ("{own}:number", "number is not a declaration"),
     ],
@@ -109,6 +111,32 @@ def test_a_mistake_in_the_users_file_shows_its_line(
     assert "wrong.py:2: " in err
 
 
+@pytest.mark.parametrize(
+    ("program", "kind", "line", "underlined"),
+    [
+        ("x = LSM(", "LsmFileError", 2, ""),
+        ("import nowhere", "LsmFileError", 2, "import nowhere"),
+        ('x = LSM("x", update=gain * outer(k, v))', "LsmUnknownSymbolError", 2, "gain"),
+        ('x = LSM("x", decays=1, update=outer(k, v))', "LsmFileError", 2, 'LSM("x", decays=1, update=outer(k, v))'),
+        ("x = LSM('x',\n  update=outer(k, 1 / 0))", "LsmFileError", 3, "1 / 0"),
+        ('x = LSM("x", update=outer(k, tanh(v - k @ M)))', "LsmNotAffineError", 2, "outer(k, tanh(v - k @ M))"),
+        ('x = LSM("x", decay=Matrix("A"), update=outer(k, v))', "LsmNoChunkFormError", 2, 'Matrix("A")'),
+    ],
+)
+def test_whatever_goes_wrong_in_the_users_file_is_shown_at_its_place(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, program: str, kind: str, line: int, underlined: str
+) -> None:
+    path = tmp_path / "wrong.py"
+    path.write_text(f"from lsmc import *\n{program}\n")
+    status, out, err = run(capsys, "check", f"{path}:x")
+    assert (status, out) == (1, "")
+    assert err.startswith(f"lsmc.{kind}: wrong.py:{line}: ")
+    assert "Traceback" not in err
+    shown, below, *_ = err.splitlines()
+    if underlined:
+        assert shown[below.index("^") : below.rindex("^") + 1] == underlined
+
+
 def test_a_file_is_imported_once(own_file: Path) -> None:
     assert resolve(f"{own_file}:leaky") is resolve(f"{own_file}:leaky")
 
@@ -116,7 +144,7 @@ def test_a_file_is_imported_once(own_file: Path) -> None:
 def test_a_file_that_fails_is_not_remembered(tmp_path: Path) -> None:
     path = tmp_path / "fails.py"
     path.write_text("raise RuntimeError('not yet')")
-    with pytest.raises(RuntimeError, match="not yet"):
+    with pytest.raises(LsmFileError, match="not yet"):
         resolve(f"{path}:leaky")
     path.write_text(OWN_METHOD)
     assert resolve(f"{path}:leaky").name == "leaky"
