@@ -7,12 +7,14 @@ never serve code of an older derivation. On CPUs the body is plain ATen, which I
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import triton_op
 
+from lsmc.errors import LsmDerivativeError
 from lsmc.lowering.plan import Plan
 
 _PLANS: dict[str, Plan] = {}
@@ -66,8 +68,9 @@ def fwd(inputs: Sequence[Tensor], start: Sequence[Tensor], cu_seqlens: Tensor | 
     _, v = extents(plan, inputs)
     if v.shape[0] * v.shape[1] == 0:  # no token: nothing to run
         return [_own(v), *(_own(s) for s in start)]
-    outputs, ends = plan.forward.executable.launch(
-        dict(zip(plan.inputs, inputs, strict=True)), dict(zip(plan.carries, start, strict=True)), plan.chunk, cu_seqlens)
+    with _as_given(v.device):
+        outputs, ends = plan.forward.executable.launch(
+            dict(zip(plan.inputs, inputs, strict=True)), dict(zip(plan.carries, start, strict=True)), plan.chunk, cu_seqlens)
     return [_own(outputs["o"].to(v.dtype)), *(_own(ends[c]) for c in plan.carries)]
 
 
@@ -81,8 +84,9 @@ def bwd(inputs: Sequence[Tensor], start: Sequence[Tensor], cu_seqlens: Tensor | 
         return [*(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs), *map(_own, d_end)]
     memories = dict(zip(plan.carries, first, strict=True))
     memories |= {f"d_{c}": d for c, d in zip(plan.carries, d_end, strict=True)}
-    outputs, ends = plan.backward.executable.launch(
-        {**dict(zip(plan.inputs, inputs, strict=True)), "d_o": d_o}, memories, plan.chunk, cu_seqlens)
+    with _as_given(d_o.device):
+        outputs, ends = plan.backward.executable.launch(
+            {**dict(zip(plan.inputs, inputs, strict=True)), "d_o": d_o}, memories, plan.chunk, cu_seqlens)
     grads = []
     for name, x in zip(plan.inputs, inputs, strict=True):
         d = outputs[f"d_{name}"]
@@ -92,16 +96,15 @@ def bwd(inputs: Sequence[Tensor], start: Sequence[Tensor], cu_seqlens: Tensor | 
     return [*grads, *(_own(ends[f"d_{c}"]) for c in plan.carries)]
 
 
+def _as_given(device: torch.device) -> AbstractContextManager[Any]:
+    """No autocast inside a program: what is float32 there (memories, gates, sums) was meant to be."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
+
+
 def _own(x: Tensor) -> Tensor:
     """A contiguous result: outputs never alias inputs and fakes report true strides."""
     return x.clone(memory_format=torch.contiguous_format)
-
-
-def _fake_fwd(inputs: Sequence[Tensor], start: Sequence[Tensor], cu_seqlens: Tensor | None, spec: str) -> list[Tensor]:
-    plan = _PLANS[spec]
-    _, v = extents(plan, inputs)
-    ends = _start(plan, inputs, start, cu_seqlens)
-    return [torch.empty_like(v, memory_format=torch.contiguous_format), *(torch.empty_like(s) for s in ends)]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -126,4 +129,10 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     return out[:n], (out[n:] if m else []), None, None
 
 
+def _no_second(ctx: Any, *grads: Any) -> Any:
+    raise LsmDerivativeError("LSM operators have first derivatives only; this asks for the derivative of a gradient",
+                             help="leave out create_graph=True, or differentiate lsmc.reference(...)")
+
+
 torch.library.register_autograd("lsmc::fwd", _backward, setup_context=_save)
+torch.library.register_autograd("lsmc::bwd", _no_second)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lsmc import inputs as checks
-from lsmc.errors import LsmMissingInputError
+from lsmc.errors import LsmMissingInputError, LsmOptionError, here
 from lsmc.lowering import ops
 from lsmc.lowering.inductor import PASSES, compile_graph, constant
 from lsmc.lowering.plan import backend
@@ -74,8 +74,8 @@ def call(declaration: LSM, *, initial_state: State | None = None, return_final_s
     scale               multiplies q
     chunk, schedule     fix what the compiler otherwise chooses: tokens per chunk (a power of two), a schedule's name
 
-    Raises LsmMissingInputError, LsmUnexpectedInputError, LsmShapeError, LsmDtypeError, LsmSequenceError before anything
-    runs, and LsmNotAffineError or LsmNoChunkFormError for declarations without a chunk form.
+    Raises LsmMissingInputError, LsmUnexpectedInputError, LsmShapeError, LsmDtypeError, LsmSequenceError, LsmOptionError
+    before anything runs, and LsmNotAffineError or LsmNoChunkFormError for declarations without a chunk form.
     """
     names, casts, normalizer = _signature(declaration.key)
     tracing = torch.compiler.is_compiling()
@@ -152,7 +152,13 @@ def compile(model: Any, *, mesh: Any = None, disable: tuple[str, ...] = (), **op
     disable  names of passes to leave out; `lsmc.api.PASSES` lists them in order
     options  further options of `torch.compile` (dynamic, fullgraph, mode)
     mesh     reserved for a DeviceMesh; giving one raises NotImplementedError until collectives can be inserted
+
+    Raises LsmOptionError for a pass that does not exist.
     """
+    for name in disable:
+        if name not in PASSES:
+            raise LsmOptionError(f"disable={name!r}: no graph pass is called so", where=here(),
+                                 help=f"the passes are {', '.join(PASSES)}")
     if mesh is not None:
         raise NotImplementedError("lsmc.compile(model, mesh=...): collectives are not inserted yet; leave mesh out")
     return torch.compile(model, backend=functools.partial(compile_graph, disable=tuple(disable)), **options)

@@ -290,6 +290,18 @@ class LsmSequenceError(LsmError):
     __module__ = "lsmc"
 
 
+class LsmOptionError(LsmError, ValueError):
+    """An option of a call that is none of those there are: a chunk length, a schedule, a graph pass."""
+
+    __module__ = "lsmc"
+
+
+class LsmDerivativeError(LsmError):
+    """A derivative of a derivative: the backward program is derived, its own backward program is not."""
+
+    __module__ = "lsmc"
+
+
 class LsmCheckError(LsmError):
     """`lsmc.check` found a case in which the compiled operator breaks a law; the message shows the
     smallest one."""
@@ -314,6 +326,8 @@ ERRORS: tuple[type[LsmError], ...] = (
     LsmDuplicateNameError,
     LsmNameError,
     LsmSequenceError,
+    LsmOptionError,
+    LsmDerivativeError,
     LsmCheckError,
 )
 """Every error class; each has a failing program in tests/errors/."""

@@ -119,7 +119,8 @@ def bind(
     if initial_state is not None:
         _check_state(canonical, tuple(state), sizes)
 
-    devices = {value.device for value in given.values()}
+    placed = [*given.values(), *(state if initial_state is not None else ()), *([] if cu_seqlens is None else [cu_seqlens])]
+    devices = {value.device for value in placed}
     if len(devices) > 1:
         raise LsmDtypeError(f"inputs are on several devices: {', '.join(sorted(map(str, devices)))}", where=here(),
                             help="move them to one")  # fmt: skip

@@ -17,7 +17,7 @@ from typing import TypeVar
 from lsmc.adjoint import differentiate
 from lsmc.canonical import Canonical
 from lsmc.chunk import derive
-from lsmc.errors import LsmDeclarationError
+from lsmc.errors import LsmOptionError
 from lsmc.ir import Program
 from lsmc.lowering.plan import Direction, Plan
 from lsmc.schedules import CUTS, Choice, Shape, choose
@@ -55,13 +55,13 @@ class Options:
 def compile_plan(canonical: Canonical, options: Options, shape: Shape = TYPICAL) -> Plan:
     """All stages below the canonical form, as one plan.
 
-    Raises `LsmNotAffineError` or `LsmNoChunkFormError` for methods without a chunk form, and `LsmDeclarationError`
+    Raises `LsmNotAffineError` or `LsmNoChunkFormError` for methods without a chunk form, and `LsmOptionError`
     for a chunk length that is no power of two or an unknown schedule.
     """
     if options.chunk < 1 or options.chunk & (options.chunk - 1):
-        raise LsmDeclarationError(f"chunk={options.chunk}: chunk lengths are powers of two", help="use 16, 32, 64 or 128")
+        raise LsmOptionError(f"chunk={options.chunk}: chunk lengths are powers of two", help="use 16, 32, 64 or 128")
     if options.schedule is not None and options.schedule not in CUTS:
-        raise LsmDeclarationError(f"schedule={options.schedule!r} is not known", help=f"one of {', '.join(CUTS)}")
+        raise LsmOptionError(f"schedule={options.schedule!r} is not known", help=f"one of {', '.join(CUTS)}")
     forward = _log("chunk", derive(canonical, options.scale))
     backward = _log("backward", differentiate(forward))
     cuts = tuple(CUTS[n] for n in CUTS if options.schedule in (None, n))

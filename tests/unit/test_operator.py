@@ -1,0 +1,330 @@
+"""Laws of a declaration's operator: whatever the sizes, strides, types and gates, it is the recurrence and its gradients."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import lsmc
+from lsmc import LSM, M, Vector, errors, k, outer, q, reference, vector
+from lsmc.cases import GATES, Case, Sample, sample, tensors
+from lsmc.lowering import ops
+from lsmc.pipeline import Options, compile_plan
+from tests.declarations import Drawn, declarations
+
+normalised = LSM(
+    "normalised",
+    decay=Vector("g"),
+    update=outer(lsmc.exp(k / 2), lsmc.v),
+    readout=(lsmc.exp(q / 2) @ M) / (lsmc.exp(q / 2) @ M.normalizer + 1),
+)
+two_sided = LSM(
+    "two_sided",
+    decay=Vector("g") * Vector("h", over="V"),
+    update=outer(lsmc.softmax(k), lsmc.v),
+    readout=lsmc.sigmoid(vector("z", over="V")) * (q @ M),
+)
+METHODS = (*lsmc.zoo.METHODS, normalised, two_sided)
+BOTH = (lsmc.zoo.kda, normalised)
+"""A method that reads what it wrote, with value heads that share a key; one with two states."""
+
+
+def each(*methods: LSM) -> Any:
+    return pytest.mark.parametrize("op", methods, ids=[op.name for op in methods])
+
+
+def run(op: Any, inputs: dict[str, Tensor], state: Any = None, **options: Any) -> list[Tensor]:
+    """The output, then the final state's tensors."""
+    o, final = op(**inputs, initial_state=state, return_final_state=True, **options)
+    return [o, *tensors(final)]
+
+
+def gradients(outputs: list[Tensor], leaves: list[Tensor], dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Of a random projection of all outputs with weights representable in `dtype`; zeros where nothing flows."""
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(dtype).to(x.dtype) for x in outputs]
+    pairs = [(x, w) for x, w in zip(outputs, weights) if x.requires_grad]
+    found = torch.autograd.grad([x for x, _ in pairs], leaves, [w for _, w in pairs], allow_unused=True)
+    return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves)]
+
+
+def both(op: Any, drawn: Sample, **options: Any) -> list[Tensor]:
+    """Outputs, then all gradients."""
+    outputs = run(op, drawn.inputs, drawn.state, **options)
+    return [*outputs, *gradients(outputs, drawn.leaves())]
+
+
+def ratio(x: Tensor, y: Tensor) -> float:
+    """RMS of the difference over RMS of what is wanted."""
+    x, y = x.detach().double(), y.detach().double()
+    return float((x - y).square().mean().sqrt() / y.detach().square().mean().sqrt().clamp(min=1e-3)) if y.numel() else 0.0
+
+
+def packed(*ends: int) -> dict[str, Any]:
+    """The option that packs sequences which end there; none without any."""
+    return {"cu_seqlens": torch.tensor([0, *ends], dtype=torch.int32)} if ends else {}
+
+
+# --- what torch asks of an operator
+
+
+ENDS = (4, 4, 9)
+
+
+def operator_arguments(op: LSM, ends: tuple[int, ...], state: bool) -> tuple[Any, ...]:
+    """What `lsmc::fwd` takes: several chunks of 4, value heads that share a key."""
+    case = Case(batch=1 if ends else 2, time=9, groups=2, key_dim=3, value_dim=2, initial_state=state)
+    drawn = sample(op, case, batch=len(ends) or None)
+    spec = ops.register(compile_plan(op.canonical, Options(chunk=4)))
+    start = [s if n == 0 else s.detach()[..., None].requires_grad_() for n, s in enumerate(tensors(drawn.state))]
+    return [drawn.inputs[f.name] for f in op.canonical.inputs], start, packed(*ends).get("cu_seqlens"), spec
+
+
+def opcheck(op: LSM, ends: tuple[int, ...], state: bool, *tests: str) -> None:
+    inputs, start, cu, spec = operator_arguments(op, ends, state)
+    torch.library.opcheck(torch.ops.lsmc.fwd.default, (inputs, start, cu, spec), test_utils=tests)
+    o, *end = (x.detach() for x in torch.ops.lsmc.fwd(inputs, start, cu, spec))
+    values = [x.detach() for x in inputs], [x.detach() for x in start]
+    torch.library.opcheck(torch.ops.lsmc.bwd.default, (*values, cu, o, end, spec), test_utils=tests)
+
+
+@given(drawn=declarations(), ends=st.sampled_from([(), ENDS]), state=st.booleans())
+@settings(max_examples=8)
+def test_torch_finds_no_fault_with_the_operators(drawn: Drawn, ends: tuple[int, ...], state: bool) -> None:
+    """`opcheck` of lsmc::fwd and lsmc::bwd: schema, registration of autograd, fakes."""
+    opcheck(drawn.declaration(), ends, state, "test_schema", "test_autograd_registration", "test_faketensor")
+
+
+def test_torch_traces_the_operators_with_symbolic_sizes() -> None:
+    opcheck(normalised, ENDS, True, "test_aot_dispatch_dynamic")
+
+
+@pytest.mark.parametrize("ends", [(), (3, 3, 5)], ids=["batch", "packed"])
+@each(*METHODS)
+def test_gradients_equal_finite_differences(op: LSM, ends: tuple[int, ...]) -> None:
+    """Every input, gates and initial states too, over several chunks and for value heads that share a key."""
+    case = Case(batch=1 if ends else 2, time=5, groups=2, key_dim=2, value_dim=3, initial_state=True)
+    drawn = sample(op, case, batch=len(ends) or None)
+
+    def function(*leaves: Tensor) -> tuple[Tensor, ...]:
+        state = leaves[len(drawn.inputs) :]
+        return tuple(run(op, dict(zip(drawn.inputs, leaves)), state[0] if len(state) == 1 else state, chunk=2, **packed(*ends)))
+
+    assert torch.autograd.gradcheck(function, drawn.leaves(), check_undefined_grad=not ends, fast_mode=True)
+
+
+@each(*BOTH)
+def test_a_second_derivative_is_refused_in_words(op: LSM) -> None:
+    drawn = sample(op, Case(time=5, key_dim=2, value_dim=2))
+    (dv,) = torch.autograd.grad(op(**drawn.inputs).sum(), drawn.inputs["v"], create_graph=True)
+    with pytest.raises(errors.LsmDerivativeError, match="first derivatives"):
+        torch.autograd.grad(dv.sum(), drawn.inputs["q"])
+
+
+@each(*BOTH)
+def test_outputs_are_new_tensors(op: LSM) -> None:
+    """Nothing that comes out shares memory with what went in, even when no token is there to change it."""
+    for T in (0, 3):
+        drawn = sample(op, Case(time=T, key_dim=2, value_dim=2, initial_state=True))
+        ins = {x.untyped_storage().data_ptr() for x in drawn.leaves() if x.numel()}
+        outs = [x for x in run(op, drawn.inputs, drawn.state) if x.numel()]
+        assert not ins & {x.untyped_storage().data_ptr() for x in outs}
+        assert all(x.is_contiguous() for x in outs)
+
+
+# --- sizes and strides
+
+
+SIZES = {
+    "no token": Case(batch=2, time=0, heads=2, key_dim=3, value_dim=2),
+    "no sequence": Case(batch=0, time=5, heads=2, key_dim=3, value_dim=2),
+    "one token": Case(time=1, key_dim=3, value_dim=2),
+    "one key": Case(time=20, key_dim=1, value_dim=4),
+    "one value": Case(time=20, key_dim=4, value_dim=1),
+    "odd sizes": Case(batch=3, time=37, heads=3, key_dim=5, value_dim=7),
+    "grouped heads": Case(batch=2, time=37, heads=2, groups=3, key_dim=5, value_dim=3),
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@each(*METHODS)
+def test_the_operator_is_the_recurrence_at_every_size(op: LSM, size: str) -> None:
+    drawn = sample(op, vary(SIZES[size], initial_state=True))
+    wanted, found = both(reference(op), drawn), both(op, drawn)
+    assert [x.shape for x in found] == [x.shape for x in wanted]
+    assert max(map(ratio, found, wanted)) < 1e-10
+
+
+def vary(case: Case, **changes: Any) -> Case:
+    return Case(**{**vars(case), **changes})
+
+
+STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
+    "heads first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2) if x.dim() > 2 else x,
+    "a slice of a wider tensor": lambda x: torch.stack([x, x + 1], -1)[..., 0],
+    "every second token": lambda x: x.repeat_interleave(2, 1)[:, ::2] if x.dim() > 2 else x,
+    "one token for all": lambda x: x[:, :1].expand_as(x) if x.dim() > 2 else x,
+    "one head for all": lambda x: x[:, :, :1].expand_as(x) if x.dim() > 2 else x,
+}
+
+
+@pytest.mark.parametrize("stride", STRIDES)
+@each(*BOTH)
+def test_strides_change_nothing(op: LSM, stride: str) -> None:
+    """Transposed, sliced and expanded inputs give what their contiguous copies give, to the last bit."""
+    drawn = sample(op, Case(batch=2, time=21, heads=2, key_dim=3, value_dim=5, initial_state=True))
+    views = {name: STRIDES[stride](x.detach()) for name, x in drawn.inputs.items()}
+    assert any(not x.is_contiguous() for x in views.values())
+    seen = []
+    for copy in (torch.Tensor.detach, torch.Tensor.contiguous):
+        inputs = {name: copy(x).requires_grad_() for name, x in views.items()}
+        outputs = run(op, inputs, drawn.state)
+        seen.append([*outputs, *gradients(outputs, [*inputs.values(), *tensors(drawn.state)])])
+    assert all(torch.equal(x, y) for x, y in zip(*seen))
+
+
+# --- dtypes and gates
+
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("gates", GATES)
+@each(*lsmc.zoo.METHODS)
+def test_the_zoo_agrees_with_the_recurrence_for_every_gate(op: LSM, gates: str, dtype: torch.dtype) -> None:
+    """Output, state and gradients, for log decays from 0 to −1000, spikes and resets; packed, over three chunks."""
+    case = Case(time=150, heads=2, groups=2, key_dim=8, value_dim=8, gates=gates, initial_state=True)
+    found, wanted = rounded(op, case, dtype, 70, 70, 150)
+    for name, (x, y) in pairs(op, found, wanted).items():
+        assert torch.isfinite(x).all(), name
+        assert ratio(x, y) < TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@each(*METHODS)
+def test_16_bit_inputs_agree_with_the_recurrence_on_the_same_values(op: LSM, dtype: torch.dtype) -> None:
+    """RMS ratio 5e-3 for output and state, 8e-3 for gradients, 2e-2 for gates; no row above ten times that."""
+    case = Case(batch=2, time=100, heads=2, key_dim=16, value_dim=16, initial_state=True)
+    found, wanted = rounded(op, case, dtype)
+    gates = {f.name for d in (op.canonical.decay_k, op.canonical.decay_v) if d is not None for f in d.free_symbols}
+    for name, (x, y) in pairs(op, found, wanted).items():
+        limit = 2e-2 if name in gates else 8e-3 if name in drawn_names(op) else 5e-3
+        assert ratio(x, y) < limit, name
+        if y.dim() == 4:
+            rows = (x.detach().double() - y.detach()).square().mean(-1).sqrt() / y.detach().square().mean().sqrt()
+            assert float(rows.max()) < 10 * limit, name
+
+
+def drawn_names(op: LSM) -> list[str]:
+    return [f.name for f in op.canonical.inputs]
+
+
+def rounded(op: LSM, case: Case, dtype: torch.dtype, *ends: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs and gradients of the operator in `dtype`, and of the recurrence in float64 on the same rounded values."""
+    drawn = sample(op, case, batch=len(ends) or None)
+    state_dtype = ops.state_dtype(dtype)
+
+    def at(name: str, x: Tensor, wide: bool) -> Tensor:
+        x = x.detach().to(dtype if name else state_dtype)
+        return (x.double() if wide else x).requires_grad_()
+
+    seen = []
+    for wide in (False, True):
+        inputs = {name: at(name, x, wide) for name, x in drawn.inputs.items()}
+        states = [at("", x, wide) for x in tensors(drawn.state)]
+        outputs = run(reference(op) if wide else op, inputs, states[0] if len(states) == 1 else tuple(states), **packed(*ends))
+        assert wide or [x.dtype for x in outputs] == [dtype, *[state_dtype] * len(states)]
+        found = gradients(outputs, [*inputs.values(), *states], dtype)
+        assert [x.dtype for x in found] == [x.dtype for x in (*inputs.values(), *states)]
+        seen.append([*outputs, *found])
+    return seen[0], seen[1]
+
+
+def pairs(op: LSM, found: list[Tensor], wanted: list[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    n = 1 + op.canonical.normalizer
+    names = ["the output", *["M", "Z"][:n], *drawn_names(op), *["dM0", "dZ0"][:n]]
+    return dict(zip(names, zip(found, wanted, strict=True), strict=True))
+
+
+@each(*BOTH)
+def test_autocast_casts_queries_keys_and_values_only(op: LSM) -> None:
+    """As if q, k, v had been cast by hand: gates and memories keep their precision, gradients their type."""
+    drawn = sample(op, Case(batch=2, time=20, heads=2, key_dim=4, value_dim=4, initial_state=True))
+    leaves = [x.detach().float().requires_grad_() for x in drawn.leaves()]
+    inputs, state = dict(zip(drawn.inputs, leaves)), leaves[len(drawn.inputs) :]
+    start = state[0] if len(state) == 1 else tuple(state)
+    with torch.autocast("cpu", torch.bfloat16):
+        auto = run(op, inputs, start)
+        assert op(**sample(op, Case(time=3)).inputs).dtype == torch.float64
+    hand = run(op, {n: x.bfloat16() if n in "qkv" else x for n, x in inputs.items()}, start)
+    assert [x.dtype for x in auto] == [torch.bfloat16, *[torch.float32] * len(state)]
+    assert all(torch.equal(x, y) for x, y in zip(auto, hand))
+    dx, dy = gradients(auto, leaves), gradients(hand, leaves)
+    assert all(x.dtype == torch.float32 and torch.equal(x, y) for x, y in zip(dx, dy))
+
+
+@each(*METHODS)
+def test_schedule_and_chunk_length_are_free_choices(op: LSM) -> None:
+    drawn = sample(op, Case(time=45, heads=2, key_dim=3, value_dim=4, initial_state=True))
+    wanted = both(op, drawn)
+    for chunk, schedule in ((1, "fused"), (8, "two_pass"), (64, "two_pass")):
+        assert max(map(ratio, both(op, drawn, chunk=chunk, schedule=schedule), wanted)) < 1e-10
+
+
+def test_omitted_inputs_take_their_defaults() -> None:
+    op = lsmc.zoo.retnet
+    drawn = sample(op, Case(time=9, heads=2, groups=2, key_dim=3, value_dim=2, defaults=True))
+    assert ratio(op(**drawn.inputs), reference(op)(**drawn.inputs)) < 1e-10
+
+
+# --- mistakes
+
+
+def kda_inputs() -> dict[str, Any]:
+    drawn = sample(lsmc.zoo.kda, Case(batch=2, time=3, heads=2, groups=2, key_dim=5, value_dim=6))
+    return {name: x.detach() for name, x in drawn.inputs.items()}
+
+
+def one_sequence(given: dict[str, Any], *ends: int) -> None:
+    given.update({name: x[:1] for name, x in given.items()}, cu_seqlens=torch.tensor(ends))
+
+
+MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], object], type[errors.LsmError], str]] = {
+    "missing": (lambda a: a.pop("g"), errors.LsmMissingInputError, "'g'"),
+    "unexpected": (lambda a: a.update(gate=a["g"]), errors.LsmUnexpectedInputError, "'gate'"),
+    "shape": (lambda a: a.update(k=a["k"][..., :-1]), errors.LsmShapeError, "'k'"),
+    "heads": (lambda a: a.update(q=a["q"][:, :, :1]), errors.LsmShapeError, "'k'"),
+    "integers": (lambda a: a.update(v=a["v"].long()), errors.LsmDtypeError, "'v'"),
+    "no tensor": (lambda a: a.update(beta=0.5), errors.LsmDtypeError, "'beta'"),
+    "device": (lambda a: a.update(g=a["g"].to("meta")), errors.LsmDtypeError, "several devices"),
+    "state's shape": (lambda a: a.update(initial_state=torch.zeros(2, 4, 6, 5)), errors.LsmShapeError, "initial_state"),
+    "state's device": (lambda a: a.update(initial_state=torch.zeros(2, 4, 5, 6, device="meta")), errors.LsmDtypeError, "several devices"),
+    "states": (lambda a: a.update(initial_state=(torch.zeros(2, 4, 5, 6),) * 2), errors.LsmShapeError, "1 state"),
+    "packed batch": (lambda a: a.update(cu_seqlens=torch.tensor([0, 3])), errors.LsmSequenceError, "B = 1"),
+    "offsets too short": (lambda a: one_sequence(a, 0, 2), errors.LsmSequenceError, "T = 3"),
+    "falling offsets": (lambda a: one_sequence(a, 0, 3, 2, 3), errors.LsmSequenceError, "rise"),
+    "no offsets": (lambda a: one_sequence(a), errors.LsmSequenceError, "cu_seqlens"),
+    "offsets elsewhere": (lambda a: (one_sequence(a, 0, 3), a.update(cu_seqlens=a["cu_seqlens"].to("meta"))), errors.LsmDtypeError, "several devices"),
+    "chunk": (lambda a: a.update(chunk=48), errors.LsmOptionError, "powers of two"),
+    "schedule": (lambda a: a.update(schedule="fastest"), errors.LsmOptionError, "two_pass"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_wrong_call_is_named_within_a_second(mistake: str) -> None:
+    change, kind, match = MISTAKES[mistake]
+    given = kda_inputs()
+    change(given)
+    started = time.perf_counter()
+    with pytest.raises(kind, match=match) as caught:
+        lsmc.zoo.kda(**given)
+    assert type(caught.value) is kind
+    assert time.perf_counter() - started < 1
