@@ -6,6 +6,7 @@ short scan over (a, T, B), and it is the summary that processors exchange when a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import sympy
@@ -27,18 +28,28 @@ def split(b: Builder, program: Program, carry: Carry) -> Affine:
 
     Raises `LsmIRError` if some operation on the memory is not affine: a fault of the program, not of the user.
     """
-    memory, out = carry.inp, carry.out
-    found: dict[int, Affine] = {memory: Affine(b.map(sympy.Integer(1)), None, None)}
-    for op in program.ancestors([out]):
-        if op.id != memory and any(x in found for x in op.args):
+    return dependence(b, program, carry.out, carry.inp)
+
+
+def dependence(b: Builder, program: Program, out: int, on: int, fixed: Iterable[int] = ()) -> Affine:
+    """The affine map from the value `on` to the value `out`, while the values `fixed` stay what they are."""
+    found: dict[int, Affine] = {on: Affine(b.map(sympy.Integer(1)), None, None)}
+    for op in program.ancestors([out], fixed):
+        if op.id != on and any(x in found for x in op.args):
             found[op.id] = _push(b, op, found)
     return found.get(out, Affine(None, None, out))
+
+
+def _times(b: Builder, x: int, y: int) -> int:
+    """x ⊙ y, without a product where one of them is 1."""
+    one = b.map(sympy.Integer(1))
+    return y if x == one else x if y == one else b.mul(x, y)
 
 
 def _push(b: Builder, op: Op, found: dict[int, Affine]) -> Affine:
     """How one operation carries an affine function of the memory on."""
     def each(f: Affine, scale: int) -> Affine:
-        return Affine(*(None if i is None else b.mul(i, scale) for i in (f.scale, f.transition, f.constant)))
+        return Affine(*(None if i is None else _times(b, i, scale) for i in (f.scale, f.transition, f.constant)))
 
     def join(parts: list[int | None]) -> int | None:
         there = [p for p in parts if p is not None]
@@ -59,8 +70,10 @@ def _push(b: Builder, op: Op, found: dict[int, Affine]) -> Affine:
                       join([t.constant for t in terms] + [const]))
     if op.kind == "matmul" and op.args[1] in found and op.args[0] not in found and not op.attr("tb"):
         left, f, ta = op.args[0], found[op.args[1]], op.attr("ta")
-        lhs = b.transpose(left) if ta and f.scale is not None else left
-        direct = None if f.scale is None else b.mul(lhs, b.transpose(f.scale))
+        direct = None
+        if f.scale is not None:
+            columns = f.scale if b.dims(f.scale) == ("1", "1") else b.transpose(f.scale)
+            direct = _times(b, b.transpose(left) if ta else left, columns)
         through = None if f.transition is None else b.matmul(left, f.transition, ta=ta)
         return Affine(None, join([direct, through]), None if f.constant is None else b.matmul(left, f.constant, ta=ta))
     if op.kind == "expand":

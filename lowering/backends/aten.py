@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import linecache
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 
 import sympy
@@ -16,10 +16,10 @@ import torch
 from sympy.printing.str import StrPrinter
 from torch import Tensor
 
-from lsmc import affine
 from lsmc.functions import FUNCTIONS
-from lsmc.ir import Builder, Carry, Op, Program
+from lsmc.ir import Builder, Carry, Dims, Op, Program, operand
 from lsmc.lowering.backends import aten_tiles
+from lsmc.lowering.backends.aten_rewrites import Move, move, rewrite
 from lsmc.schedules import Schedule
 
 
@@ -48,11 +48,36 @@ class _TorchPrinter(StrPrinter):
         return repr(float(expr))
 
 
-def expression(expr: sympy.Expr, names: list[str]) -> str:
-    """Torch source of a map's expression with its operands named."""
-    text = str(_TorchPrinter().doprint(expr.xreplace(
-        {sympy.Symbol(f"x{i}", real=True): sympy.Symbol(n) for i, n in enumerate(names)})))
-    return text if expr.free_symbols else f"unit * {text}"
+_SIZE = {"1": 0, "T": 1, "K": 2, "V": 2}
+
+
+def expression(expr: sympy.Expr, names: list[str], dims: list[Dims]) -> str:
+    """Torch source of a map's expression with its operands named.
+
+    Products start with the smallest operands, and with a sign or number, so that few passes go over whole tiles.
+    """
+    size = {f"x{i}": sum(_SIZE[d] for d in dims[i]) for i in range(len(names))}
+    printed = _TorchPrinter()
+
+    def text(e: sympy.Expr) -> str:
+        return str(printed.doprint(e.xreplace({operand(i): sympy.Symbol(n) for i, n in enumerate(names)})))
+
+    def weight(e: sympy.Expr) -> int:
+        return max((size[str(s)] for s in e.free_symbols), default=-1)
+
+    if not expr.free_symbols:
+        return f"unit * {text(expr)}"
+    if isinstance(expr, sympy.Add) and len(expr.args) > 2 and all(a.is_Symbol for a in expr.args):
+        return f"add({', '.join(text(a) for a in sorted(expr.args, key=weight, reverse=True))})"
+    if isinstance(expr, sympy.Mul):
+        factors = [f"({text(a)})" if a.is_Add or a.is_number else text(a) for a in sorted(expr.args, key=weight)]
+        return " * ".join(factors)
+    if isinstance(expr, sympy.Add) and len(expr.args) == 2:
+        plain = [a for a in expr.args if a.is_Symbol]
+        products = [a for a in expr.args if isinstance(a, sympy.Mul) and len(a.args) == 2 and all(f.is_Symbol for f in a.args)]
+        if plain and products:
+            return f"torch.addcmul({text(plain[0])}, {', '.join(text(f) for f in products[0].args)})"
+    return text(expr)
 
 
 class Compiled:
@@ -68,8 +93,7 @@ class Compiled:
         name = f"<lsmc aten {self.program.name} {self.hash}>"
         linecache.cache[name] = (len(self.source), None, self.source.splitlines(True), name)
         scope: dict[str, object] = {"torch": torch, **{n: getattr(aten_tiles, n) for n in (
-            "Levels", "cumsum", "mask", "between", "between_grad", "inverse", "form", "form_grads")},
-            "carry": torch.ops.lsmc.carry}
+            "cumsum", "mask", "between", "between_grad", "inverse", "add", "down", "far", "form", "form_grads", "carry")}}
         exec(compile(self.source, name, "exec"), scope)
         return scope["run"]  # type: ignore[return-value]
 
@@ -120,62 +144,38 @@ class Compiled:
 
 def _emit(program: Program, schedule: Schedule) -> str:
     """The source of `run(tiles, start, grid, size, unit, full)`: statements in the schedule's order, values shared."""
+    program = rewrite(program)
     b = Builder(program.ops)
-    order: list[tuple[str, int | Carry, affine.Affine | None]] = []
+    order: list[int | tuple[Carry, Move]] = []
     carried = {c.name: c for c in program.carries}
-    scanned: list[str] = []
+    results = dict(program.outputs)
     for kernel in schedule.kernels:
-        for name in kernel.carries:
-            order.append(("carry", carried[name], affine.split(b, program, carried[name])))
-            scanned.append(name)
-        order += [("store", i, None) for n, i in program.outputs if n in kernel.stores]
-    names = {i: n for n, i in program.outputs}
+        order += [(carried[name], move(b, program, carried[name])) for name in kernel.carries]
+        order += [results[name] for name in results if name in kernel.stores]
     whole = Program(program.name, tuple(b.ops), program.carries, program.outputs)
     done = {c.inp for c in program.carries}
-    made: set[str] = set()
     statements: list[tuple[str, str, tuple[int, ...]]] = []  # (target, source, values used)
 
-    together = _shared_partials(whole)
-
-    def compute(roots: list[int]) -> None:
+    def compute(roots: Iterable[int]) -> None:
         for op in whole.ancestors(roots, done):
-            if op.id in done:
-                continue
-            if op.kind in ("form", "form_gate"):
-                g, before = op.args[-1], op.attr("before")
-                levels = f"l{g}_{int(before)}"
-                if levels not in made:
-                    statements.append((levels, f"Levels(v{g}, {before})", (g,)))
-                    made.add(levels)
-                if op.id in together:
-                    gate, targets = together[op.id]
-                    compute(list(gate.args))
-                    args = ", ".join(f"v{i}" for i in gate.args[:3])
-                    statements.append((", ".join(f"v{i}" if i >= 0 else "_" for i in targets),
-                                       f"form_grads({args}, {levels}, strict={op.attr('strict')})", gate.args[:3]))
-                    done.update(targets)
-                    continue
-                assert op.kind == "form", "a gate gradient comes with its two sisters"
-                args = ", ".join(f"v{i}" for i in op.args[:-1])
-                source = f"form({op.attr('wrt')!r}, {args}, {levels}, strict={op.attr('strict')})"
-                statements.append((f"v{op.id}", source, op.args[:-1]))
-            else:
-                statements.append((f"v{op.id}", _source(op), op.args))
+            statements.append((f"v{op.id}", _source(op, whole.index), op.args))
             done.add(op.id)
 
-    for what, item, parts in order:
-        if isinstance(item, Carry) and parts is not None:
-            values = (parts.scale, parts.transition, parts.constant)
-            compute([v for v in values if v is not None])
-            args = ", ".join("None" if v is None else f"full(v{v})" for v in values)
-            reset = "grid.reset_reverse" if item.reverse else "grid.reset_forward"
-            statements.append((f"v{item.inp}, end_{item.name}",
-                               f"carry({args}, start[{item.name!r}], {reset}, {item.reverse})",
-                               tuple(v for v in values if v is not None)))
-        elif what == "store" and isinstance(item, int):
+    for item in order:
+        if isinstance(item, int):
             compute([item])
+            continue
+        memory, how = item
+        values = tuple(v for v in how.parts if v is not None)
+        compute(values)
+        args = ", ".join("None" if v is None else f"full(v{v})" for v in how.parts)
+        through = "_" if how.x is None or how.x in done else f"v{how.x}"
+        statements.append((f"v{memory.inp}, end_{memory.name}, {through}",
+                           f"carry({args}, start[{memory.name!r}], "
+                           f"grid.{'reset_reverse' if memory.reverse else 'reset_forward'}, {memory.reverse})", values))
+        done |= set() if how.x is None else {how.x}
     last = {v: n for n, (_, _, used) in enumerate(statements) for v in used}
-    keep = {i for _, i in program.outputs}
+    keep = set(results.values())
     lines = [f"# {line}" for line in str(schedule).splitlines()]
     lines += ["def run(tiles, start, grid, size, unit, full):"]
     for n, (target, source, used) in enumerate(statements):
@@ -183,33 +183,18 @@ def _emit(program: Program, schedule: Schedule) -> str:
         dead = sorted({f"v{v}" for v in used if last[v] == n and v not in keep})
         if dead:
             lines.append(f"    del {', '.join(dead)}")
-    out = [f"{n!r}: v{i}" for i, n in names.items()] if len(names) == len(program.outputs) else [
-        f"{n!r}: v{i}" for n, i in program.outputs]
-    out += [f"'end_{n}': end_{n}" for n in scanned]
+    out = [f"{n!r}: v{i}" for n, i in results.items()]
+    out += [f"'end_{memory.name}': end_{memory.name}" for item in order if not isinstance(item, int) for memory in item[:1]]
     return "\n".join([*lines, f"    return {{{', '.join(out)}}}", ""])
 
 
-def _shared_partials(program: Program) -> dict[int, tuple[Op, tuple[int, int, int]]]:
-    """Per operation of a triple ∂F/∂X, ∂F/∂Y, ∂F/∂g at one point: the gate's operation and the triple's values."""
-    forms = {(o.attr("wrt"), o.args, o.attr("before")): o.id for o in program.ops if o.kind == "form"}
-    out: dict[int, tuple[Op, tuple[int, int, int]]] = {}
-    for gate in program.ops:
-        if gate.kind == "form_gate":
-            p, x, y, g = gate.args
-            before = gate.attr("before")
-            dx, dy = forms.get(("X", (p, y, g), before), -1), forms.get(("Y", (p, x, g), before), -2)
-            for i in (dx, dy, gate.id):
-                out[i] = (gate, (dx, dy, gate.id))
-    return out
-
-
-def _source(op: Op) -> str:
+def _source(op: Op, index: Mapping[int, Op]) -> str:
     a = [f"v{i}" for i in op.args]
     match op.kind:
         case "input":
             return f"tiles[{op.attr('name')!r}]"
         case "map":
-            return expression(op.attr("expr"), a)
+            return expression(op.attr("expr"), a, [index[i].dims for i in op.args])
         case "expand":
             return f"{a[0]}.expand(*{a[0]}.shape[:-2], size[{op.dims[0]!r}], size[{op.dims[1]!r}])"
         case "transpose":
@@ -222,6 +207,12 @@ def _source(op: Op) -> str:
             return f"{a[0]}.amax({op.attr('axis') - 2}, keepdim=True)"
         case "valid":
             return f"grid.valid({a[0]})"
-        case "cumsum" | "mask" | "between" | "between_grad" | "inverse":
+        case "form":
+            return f"form({op.attr('wrt')!r}, {', '.join(a)}, {op.attr('strict')}, {op.attr('before')})"
+        case "partials":
+            return f"form_grads({', '.join(a)}, {op.attr('strict')}, {op.attr('before')})"
+        case "item":
+            return f"{a[0]}[{op.attr('place')}]"
+        case "cumsum" | "mask" | "between" | "between_grad" | "inverse" | "down" | "far":
             return f"{op.kind}({', '.join([*a, *(f'{k}={v}' for k, v in op.attrs)])})"
     raise AssertionError(f"no ATen source for {op.kind}")

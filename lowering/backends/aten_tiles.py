@@ -1,11 +1,15 @@
 """Tile operations of the IR on ATen: every tile is a batch `(B, HV, N, rows, columns)` over sequences, heads and chunks.
 
-The decay form is computed by halving: in a block of s tokens, a pair with i in the upper and j in the lower half factors
-through the boundary between them, e^{sum over (j, i]} = e^{sum over (boundary, i]} e^{sum over (j, boundary]}. Each level
-is a matrix product of operands scaled by factors ≤ 1, sums stay short, and nothing is a difference of long sums.
+The decay form is one matrix product where decays allow it: with G the sums of g from the chunk's start, e^{G_i − G_j} =
+e^{G_i} e^{−G_j} for every element (j, d) whose −G_j stays within `reach`. The form is linear in Y, so the elements beyond
+it are added by halving: in a block of s tokens, a pair with i in the upper and j in the lower half factors through the
+boundary between them, e^{sum over (j, i]} = e^{sum over (boundary, i]} e^{sum over (j, boundary]}. Each level is a matrix
+product of operands scaled by factors ≤ 1, and sums stay short. Which way an element goes depends on tokens up to j only.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -93,8 +97,95 @@ class Levels:
         return out.reshape(*lead, c, d)
 
 
-def form(wrt: str, x: Tensor, y: Tensor, levels: Levels, strict: bool) -> Tensor:
-    """∂F/∂wrt for a decay that varies along the columns; (x, y) are the other two of P, X, Y in this order."""
+def reach(dtype: torch.dtype) -> float:
+    """How far G may fall for e^{−G} to be a factor: its product with any tile stays finite, and e^G keeps its digits."""
+    return 400.0 if dtype == torch.float64 else 40.0
+
+
+def down(up: Tensor) -> Tensor:
+    """e^{−G} of e^G where that is within reach, else 0."""
+    return torch.where(up >= math.exp(-reach(up.dtype)), up.reciprocal(), 0.0)
+
+
+def far(up: Tensor) -> Tensor:
+    """Whether any element of e^G is out of reach."""
+    return up.amin() < math.exp(-reach(up.dtype))
+
+
+def add(*tiles: Tensor) -> Tensor:
+    """Their sum, in place where sizes allow: one pass per tile and one result."""
+    out = tiles[0] + tiles[1]
+    for x in tiles[2:]:
+        out = out.add_(x) if torch.broadcast_shapes(out.shape, x.shape) == out.shape else out + x
+    return out
+
+
+def _beyond(y: Tensor, down: Tensor) -> Tensor:
+    """What `down` leaves out."""
+    return torch.where(down != 0, 0.0, y)
+
+
+@torch.library.custom_op("lsmc::form", mutates_args=())
+def form(wrt: str, x: Tensor, y: Tensor, g: Tensor, up: Tensor, down: Tensor, far: Tensor, strict: bool,
+         before: bool) -> Tensor:
+    """∂F/∂wrt for a decay that varies along the columns; (x, y) are the other two of P, X, Y in this order.
+
+    up: e^G (of the token before, with `before`); down and far: of G.
+    """
+    if wrt == "P":
+        out = ((x * up) @ (y * down).mT).tril_(-1 if strict else 0)
+        return out.add_(_form_by_halving("P", x, _beyond(y, down), Levels(g, before), strict)) if far else out
+    p = x.tril(-1 if strict else 0)
+    if wrt == "X":
+        out = (p @ (y * down)).mul_(up)
+        return out.add_(_form_by_halving("X", x, _beyond(y, down), Levels(g, before), strict)) if far else out
+    out = (p.mT @ (y * up)).mul_(down)
+    return out.add_(_beyond(_form_by_halving("Y", x, y, Levels(g, before), strict), down)) if far else out
+
+
+@form.register_fake
+def _(wrt: str, x: Tensor, y: Tensor, g: Tensor, up: Tensor, down: Tensor, far: Tensor, strict: bool,
+      before: bool) -> Tensor:
+    lead = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2], up.shape[:-2])
+    return x.new_empty((*lead, *((g.shape[-2],) * 2 if wrt == "P" else y.shape[-2:])))
+
+
+@torch.library.custom_op("lsmc::form_grads", mutates_args=())
+def form_grads(p: Tensor, x: Tensor, y: Tensor, g: Tensor, up: Tensor, down: Tensor, far: Tensor,
+               strict: bool, before: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """∂F/∂X, ∂F/∂Y and ∂F/∂G together, which share their products; the diagonal, which has no decay, stays out.
+
+    ∂F/∂g is the sum of ∂F/∂G over this row and all later ones.
+    """
+    inner, xs, ys = p.tril(-1), x * up, y * down
+    to_x, to_y = inner @ ys, inner.mT @ xs
+    d_up, d_down = xs.mul_(to_x), ys.mul_(to_y)
+    slope = (_later(d_up) if before else d_up).sub_(d_down)
+    dx, dy = to_x.mul_(up), to_y.mul_(down)
+    if not strict:
+        diagonal = p.diagonal(dim1=-2, dim2=-1)[..., None]
+        dx.addcmul_(diagonal, y)
+        dy.addcmul_(diagonal, x)
+    if far:
+        rest = _form_grads_by_halving(inner, x, _beyond(y, down), Levels(g, before))
+        dx, dy, slope = dx.add_(rest[0]), dy.add_(_beyond(rest[1], down)), slope.add_(rest[2]).sub_(_later(rest[2]))
+    return dx, dy, slope
+
+
+@form_grads.register_fake
+def _(p: Tensor, x: Tensor, y: Tensor, g: Tensor, up: Tensor, down: Tensor, far: Tensor, strict: bool,
+      before: bool) -> tuple[Tensor, Tensor, Tensor]:
+    lead = torch.broadcast_shapes(p.shape[:-2], x.shape[:-2], y.shape[:-2], up.shape[:-2])
+    dx, dy, slope = (g.new_empty((*lead, *g.shape[-2:])) for _ in range(3))
+    return dx, dy, slope
+
+
+def _later(x: Tensor) -> Tensor:
+    """Every row's next one, 0 for the last."""
+    return torch.cat([x[..., 1:, :], torch.zeros_like(x[..., :1, :])], -2)
+
+
+def _form_by_halving(wrt: str, x: Tensor, y: Tensor, levels: Levels, strict: bool) -> Tensor:
     if wrt == "P":
         c = levels.g.shape[-2]
         out = _zeros((c, c), x, y, levels.g)
@@ -115,13 +206,9 @@ def form(wrt: str, x: Tensor, y: Tensor, levels: Levels, strict: bool) -> Tensor
     return out
 
 
-def form_grads(p: Tensor, x: Tensor, y: Tensor, levels: Levels, strict: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """∂F/∂X, ∂F/∂Y and ∂F/∂g together, which share their products; dg sums pairs and subtracts nothing."""
+def _form_grads_by_halving(p: Tensor, x: Tensor, y: Tensor, levels: Levels) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the part below the diagonal; dg sums pairs and subtracts nothing."""
     dx, dy = (_zeros(t.shape[-2:], p, x, y, levels.g) for t in (y, x))
-    if not strict:
-        diagonal = p.diagonal(dim1=-2, dim2=-1)[..., None]
-        dx += diagonal * y
-        dy += diagonal * x
     ups, downs = [], []
     for s, up, down in levels.blocks:
         corner, xs, ys = _corner(p, s), _upper(x, s) * up, _lower(y, s) * down
@@ -167,47 +254,62 @@ def _assemble(pair: Tensor, corner: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("lsmc::carry", mutates_args=())
-def carry(scale: Tensor | None, transition: Tensor | None, constant: Tensor | None, start: Tensor,
-          reset: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor]:
-    """The memories that reach each chunk under M ↦ scale ⊙ M + transition M + constant, and the last one.
+def carry(scale: Tensor | None, transition: Tensor | None, constant: Tensor | None, left: Tensor | None,
+          right: Tensor | None, inner: Tensor | None, start: Tensor, reset: Tensor | None,
+          reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The memories that reach each chunk, the last one, and x of each chunk, under
+    M ↦ scale ⊙ M + transition M + left x + constant, x = right M + inner.
 
-    scale: (B, H, N, K or 1, V or 1), transition: (B, H, N, K, K), constant: (B, H, N, K, V), start: (B, H, K, V) →
-    (B, H, N, K, V), (B, H, K, V). For packed sequences B is 1, start is (S, H, K, V), and reset is (N,) int64: the
-    sequence that (in the direction of the scan) begins with chunk n as s, else −1 − s; ends are (S, H, K, V).
+    scale: (B, H, N, K or 1, V or 1), transition: (B, H, N, K, K), left: (…, K, C), right: (…, C, K), inner: (…, C, V),
+    constant: (…, K, V), start: (B, H, K, V) → (B, H, N, K, V), (B, H, K, V), (B, H, N, C, V). For packed sequences B is
+    1, start is (S, H, K, V), and reset is (N,) int64: the sequence that (in the direction of the scan) begins with chunk
+    n as s, else −1 − s; ends are (S, H, K, V).
     """
-    given = next(t for t in (constant, transition, scale) if t is not None)
-    n = given.shape[2]
-    memory = start
-    ends = start.clone()
-    owner = None
+    given = next(t for t in (constant, left, transition, scale) if t is not None)
+    b, h, n = given.shape[:3]
+    (k, v), ends, owner, fresh = start.shape[-2:], start.clone(), None, None
+    memory = start.reshape(-1, k, v)
     if reset is not None:
-        owner = torch.where(reset >= 0, reset, -1 - reset)
-        memory = torch.zeros_like(start[:1])
-    states = start.new_empty((memory.shape[0], memory.shape[1], n, *memory.shape[2:]))
+        owner, fresh = torch.where(reset >= 0, reset, -1 - reset).tolist(), (reset >= 0).tolist()
+        memory = torch.zeros_like(start[0])
+
+    def chunks(x: Tensor | None) -> list[Tensor] | None:
+        return None if x is None else list(x.reshape(b * h, n, *x.shape[-2:]).unbind(1))
+
+    states = start.new_empty((b, h, n, k, v))
+    xs = start.new_empty((b, h, n, left.shape[-1] if left is not None else 0, v))
+    before, x_of = states.view(b * h, n, k, v).unbind(1), xs.view(b * h, n, -1 if v else 0, v).unbind(1)
+    scales, transitions, constants = chunks(scale), chunks(transition), chunks(constant)
+    lefts, rights, inners = chunks(left), chunks(right), chunks(inner)
     for i in reversed(range(n)) if reverse else range(n):
-        if reset is not None and owner is not None:
-            memory = torch.where(reset[i] >= 0, start[owner[i]][None], memory)
-        states[:, :, i] = memory
-        new = memory * scale[:, :, i] if scale is not None else None
-        if transition is not None:
-            moved = transition[:, :, i] @ memory
-            new = moved if new is None else new + moved
-        if constant is not None:
-            new = constant[:, :, i].expand_as(memory) if new is None else new + constant[:, :, i]
+        if owner is not None and fresh is not None and fresh[i]:
+            memory = start[owner[i]]
+        before[i].copy_(memory)
+        new = None if constants is None else constants[i].expand_as(memory)
+        if scales is not None:
+            new = memory * scales[i] if new is None else torch.addcmul(new, memory, scales[i])
+        if transitions is not None:
+            new = transitions[i] @ memory if new is None else torch.baddbmm(new, transitions[i], memory)
+        if lefts is not None and rights is not None:
+            x = rights[i] @ memory if inners is None else torch.baddbmm(inners[i], rights[i], memory)
+            x_of[i].copy_(x)
+            new = lefts[i] @ x if new is None else torch.baddbmm(new, lefts[i], x)
         assert new is not None
         memory = new
         if owner is not None:
-            ends[owner[i]] = memory[0]
-    return states, (memory.clone() if owner is None else ends)
+            ends[owner[i]] = memory
+    return states, (memory.reshape(start.shape).clone() if owner is None else ends), xs
 
 
 @carry.register_fake
-def _(scale: Tensor | None, transition: Tensor | None, constant: Tensor | None, start: Tensor, reset: Tensor | None,
-      reverse: bool) -> tuple[Tensor, Tensor]:
-    given = next(t for t in (constant, transition, scale) if t is not None)
-    b = start.shape[0] if reset is None else 1
-    return (start.new_empty((b, start.shape[1], given.shape[2], *start.shape[2:])),
-            torch.empty_like(start, memory_format=torch.contiguous_format))
+def _(scale: Tensor | None, transition: Tensor | None, constant: Tensor | None, left: Tensor | None,
+      right: Tensor | None, inner: Tensor | None, start: Tensor, reset: Tensor | None,
+      reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+    given = next(t for t in (constant, left, transition, scale) if t is not None)
+    b, h, n = given.shape[:3]
+    return (start.new_empty((b, h, n, *start.shape[2:])),
+            torch.empty_like(start, memory_format=torch.contiguous_format),
+            start.new_empty((b, h, n, left.shape[-1] if left is not None else 0, start.shape[-1])))
 
 
 class Dense:
@@ -221,18 +323,20 @@ class Dense:
         self.n = (tokens + chunk - 1) // chunk
         rows = torch.arange(self.n * chunk, device=device).view(self.n, chunk, 1)
         self.rows = rows < tokens
+        self.full = isinstance(tokens, int) and tokens % chunk == 0  # no guard on symbolic sizes
 
     def tile(self, x: Tensor) -> Tensor:
-        """(B, T, H, D) → (B, H, N, C, D)."""
-        x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, self.n * self.c - self.t))
-        return x.unflatten(1, (self.n, self.c)).permute(0, 3, 1, 2, 4)
+        """(B, T, H, D) → (B, H, N, C, D), contiguous, so that no product copies it."""
+        if not self.full:
+            x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, self.n * self.c - self.t))
+        return x.unflatten(1, (self.n, self.c)).permute(0, 3, 1, 2, 4).contiguous()
 
     def untile(self, x: Tensor) -> Tensor:
         """(B, H, N, C, D) → (B, T, H, D)."""
         return x.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, : self.t]
 
     def valid(self, x: Tensor) -> Tensor:
-        return torch.where(self.rows, x, torch.zeros_like(x))
+        return x if self.full else torch.where(self.rows, x, torch.zeros_like(x))
 
 
 class Packed(Dense):
@@ -240,7 +344,7 @@ class Packed(Dense):
 
     def __init__(self, tokens: int, chunk: int, cu_seqlens: Tensor) -> None:
         device, cu = cu_seqlens.device, cu_seqlens.long()
-        self.t, self.c = tokens, chunk
+        self.t, self.c, self.full = tokens, chunk, False
         lengths = cu[1:] - cu[:-1]
         counts = (lengths + chunk - 1) // chunk
         ends = counts.cumsum(0)
@@ -262,7 +366,7 @@ class Packed(Dense):
 
     def tile(self, x: Tensor) -> Tensor:
         x = torch.cat([x, torch.zeros_like(x[:, :1])], 1)
-        return x[:, self.index].permute(0, 3, 1, 2, 4)
+        return x[:, self.index].permute(0, 3, 1, 2, 4).contiguous()
 
     def untile(self, x: Tensor) -> Tensor:
         return x.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, self.place]

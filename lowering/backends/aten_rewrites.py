@@ -1,0 +1,186 @@
+"""Chunk program → the same program with fewer and larger ATen operations: `rewrite`, then `through` for each carry.
+
+Decay forms become products with e^G and e^{−G}, which all forms on one decay share with the reads of the memory; matrix
+products are associated so that existing ones are used; a carry is moved through the narrowest value it depends on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sympy
+
+from lsmc import affine
+from lsmc.affine import Affine
+from lsmc.ir import Builder, Carry, Dims, LsmIRError, Op, Program, operand
+
+Factor = tuple[int, bool]
+"""A matrix and whether it is transposed."""
+
+
+class _Values(Builder):
+    """A builder that can be asked what is there already."""
+
+    def known(self, kind: str, dims: Dims, *args: int, **attrs: object) -> int | None:
+        return self._seen.get((dims, kind, args, tuple(attrs.items())))
+
+    def shared(self, expr: sympy.Expr, *args: int) -> int:
+        """`map` in which functions of one operand that are there already are not evaluated again."""
+        operands = list(args)
+        for node in sorted(expr.atoms(sympy.Function), key=str):
+            if node == expr or node.args[0] not in {operand(i) for i in range(len(args))}:
+                continue
+            arg = args[int(str(node.args[0])[1:])]
+            alone = node.xreplace({node.args[0]: operand(0)})
+            there = self.known("map", self.dims(arg), arg, expr=alone)
+            if there is not None:
+                expr = expr.xreplace({node: operand(len(operands))})
+                operands.append(there)
+        if isinstance(expr, sympy.Add) and all(a.is_Symbol for a in expr.args):
+            return self.summed([operands[int(str(a)[1:])] for a in expr.args])
+        return self.map(expr, *operands)
+
+    def summed(self, terms: list[int]) -> int:
+        """The sum of values, with running sums of one kind taken once, of the sum of what they sum."""
+        kinds: dict[tuple[object, ...], list[int]] = {}
+        for i in terms:
+            op = self.ops[i]
+            running = op.kind == "cumsum" and op.dims == self.dims(terms[0])
+            kinds.setdefault((op.kind, op.dims, op.attrs) if running else (i,), []).append(i)
+        return self.add(*(same[0] if len(same) == 1 else self.cumsum(
+            self.add(*(self.ops[i].args[0] for i in same)), **dict(self.ops[same[0]].attrs)) for same in kinds.values()))
+
+    def product(self, x: Factor, y: Factor) -> Factor | None:
+        """x y, if it is there, as it stands or transposed."""
+        for (p, tp), (q, tq), turned in ((x, y, False), ((y[0], not y[1]), (x[0], not x[1]), True)):
+            dims = self.dims(p)[1 if tp else 0], self.dims(q)[0 if tq else 1]
+            there = self.known("matmul", dims, p, q, ta=tp, tb=tq)
+            if there is not None:
+                return there, turned
+        return None
+
+    def factors(self, x: Factor) -> tuple[Factor, Factor] | None:
+        """The two matrices whose product x is."""
+        op = self.ops[x[0]]
+        if op.kind != "matmul":
+            return None
+        p, q = (op.args[0], bool(op.attr("ta"))), (op.args[1], bool(op.attr("tb")))
+        return ((q[0], not q[1]), (p[0], not p[1])) if x[1] else (p, q)
+
+    def associated(self, x: Factor, y: Factor) -> int:
+        """x y; where x = p q and q y is there, p (q y), and likewise for y: (d Bᵀ) Aᵀ = d (A B)ᵀ."""
+        if (parts := self.factors(x)) and (there := self.product(parts[1], y)):
+            x, y = parts[0], there
+        elif (parts := self.factors(y)) and (there := self.product(x, parts[0])):
+            x, y = there, parts[1]
+        return self.matmul(x[0], y[0], ta=x[1], tb=y[1])
+
+
+def rewrite(program: Program) -> Program:
+    """The program with shared functions, associated products, and forms on precomputed decays.
+
+    `partials` gives ∂F/∂X, ∂F/∂Y, ∂F/∂G of a form at once, `item` takes one of them.
+    """
+    b = _Values()
+    new: dict[int, int] = {}
+    together = _partials(program)
+    users = [a for op in program.ops for a in op.args]
+    for op in program.ops:
+        args = tuple(new[a] for a in op.args)
+        if op.kind == "map":
+            new[op.id] = b.shared(op.attr("expr"), *args)
+        elif op.kind == "matmul" and any(users.count(a) == 1 for a in op.args):
+            new[op.id] = b.associated((args[0], op.attr("ta")), (args[1], op.attr("tb")))
+        elif op.id in together:
+            gate, place = together[op.id]
+            operands = [new[a] for a in gate.args]
+            decays = _decays(b, operands[-1], gate.attr("before"))
+            all_three = b.emit("partials", b.dims(operands[-1]), *operands, *decays, strict=gate.attr("strict"),
+                               before=gate.attr("before"))
+            new[op.id] = b.emit("item", op.dims, all_three, place=place)
+            if op is gate:
+                new[op.id] = b.cumsum(new[op.id], reverse=True)
+        elif op.kind == "form":
+            new[op.id] = b.emit("form", op.dims, *args, *_decays(b, args[-1], op.attr("before")), wrt=op.attr("wrt"),
+                                strict=op.attr("strict"), before=op.attr("before"))
+        else:
+            new[op.id] = b.emit(op.kind, op.dims, *args, **dict(op.attrs))
+    carries = tuple(Carry(c.name, new[c.inp], new[c.out], c.reverse) for c in program.carries)
+    return Program(program.name, tuple(b.ops), carries, tuple((n, new[i]) for n, i in program.outputs))
+
+
+def _decays(b: Builder, g: int, before: bool) -> tuple[int, int, int]:
+    """e^G (of the token before), e^{−G} where it can be a factor, and whether it cannot be somewhere."""
+    here = b.exp(b.cumsum(g))
+    up = b.exp(b.cumsum(g, exclusive=True)) if before else here
+    return up, b.emit("down", b.dims(g), here), b.emit("far", ("1", "1"), here)
+
+
+def _partials(program: Program) -> dict[int, tuple[Op, int]]:
+    """Per operation of a triple ∂F/∂X, ∂F/∂Y, ∂F/∂g at one point: the gate's operation and the place in the triple."""
+    forms = {(o.attr("wrt"), o.args, o.attr("before")): o.id for o in program.ops if o.kind == "form"}
+    out: dict[int, tuple[Op, int]] = {}
+    for gate in program.ops:
+        if gate.kind == "form_gate":
+            p, x, y, g = gate.args
+            before = gate.attr("before")
+            keys = ("X", (p, y, g), before), ("Y", (p, x, g), before)
+            out |= {forms[key]: (gate, place) for place, key in enumerate(keys) if forms.get(key, -1) > max(gate.args)}
+            out[gate.id] = (gate, 2)
+    return out
+
+
+@dataclass(frozen=True)
+class Move:
+    """One chunk's step of a memory: M ↦ scale ⊙ M + transition M + left x + constant with x = right M + inner."""
+
+    scale: int | None
+    transition: int | None
+    constant: int | None
+    left: int | None = None
+    right: int | None = None
+    inner: int | None = None
+    x: int | None = None
+
+    @property
+    def parts(self) -> tuple[int | None, ...]:
+        return self.scale, self.transition, self.constant, self.left, self.right, self.inner
+
+
+def move(b: Builder, program: Program, carry: Carry) -> Move:
+    """How `carry` moves, in values of `b`: through the value x of T rows that costs the fewest new products, if any.
+
+    A K×K transition would be a product per chunk to make and a larger one to apply; x is needed afterwards as well.
+    """
+    best: tuple[int, Move, Builder] | None = None
+    for op in program.ancestors([carry.out], [carry.inp]):
+        if op.dims[0] != "T" or op.id == carry.inp:
+            continue
+        trial = Builder(b.ops)
+        if (found := _through(trial, program, carry, op.id)) is not None:
+            products = sum(o.kind == "matmul" for o in trial.ops[len(b.ops):])
+            if best is None or products < best[0]:
+                best = products, found, trial
+    if best is None:
+        whole = affine.split(b, program, carry)
+        return Move(whole.scale, whole.transition, whole.constant)
+    for op in best[2].ops[len(b.ops):]:
+        b.emit(op.kind, op.dims, *op.args, **dict(op.attrs))
+    return best[1]
+
+
+def _through(b: Builder, program: Program, carry: Carry, x: int) -> Move | None:
+    try:
+        into = affine.dependence(b, program, x, carry.inp)
+        beside = affine.dependence(b, program, carry.out, carry.inp, fixed=[x])
+        if into.transition is None or into.scale is not None or beside.transition is not None:
+            return None
+        kept = Affine(None, None, None)
+        if beside.constant is not None:
+            whole = Program(program.name, tuple(b.ops), program.carries, program.outputs)
+            kept = affine.dependence(b, whole, beside.constant, x, fixed=[carry.inp])
+    except LsmIRError:
+        return None
+    if kept.transition is None or kept.scale is not None:
+        return None
+    return Move(beside.scale, None, kept.constant, kept.transition, into.transition, into.constant, x)
