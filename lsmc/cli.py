@@ -87,14 +87,16 @@ def bench(
     /,
     shapes: Annotated[tuple[str, ...], arg(help="each B,T,H,K,V; the default depends on the device")] = (),
     device: Annotated[str | None, arg(help="cuda or cpu; default: cuda where there is one")] = None,
-    loop: Annotated[bool, arg(help="on a CPU, time the step-by-step loop too")] = True,
+    against: Annotated[
+        tuple[str, ...] | None, arg(help="time these too: loop, compiled; default: the loop on a CPU")
+    ] = None,
     out: Annotated[Path | None, arg(help="also write JSON")] = None,
     markdown: Annotated[bool, arg(help="print the table as Markdown")] = False,
 ) -> None:
     """Time the operators, forward and forward with backward; on a CPU also against the step-by-step loop."""
     from lsmc.runtime.bench import run
 
-    run(methods, shapes=shapes, device=device, loop=loop, out=out, markdown=markdown)
+    run(methods, shapes=shapes, device=device, against=against, out=out, markdown=markdown)
 
 
 def train() -> None:

@@ -1,16 +1,19 @@
 """Times of the operators, forward and forward with backward, with their errors beside them: ``lsmc bench``.
 
-On a GPU in bfloat16 by ``triton.testing.do_bench`` (medians, a cold L2 cache); on a CPU in float32, also against the
-step-by-step loop. Gradients of every input by ``torch.autograd.grad``. Errors are RMS ratios against the float64
-recurrence on identically rounded inputs, over a prefix of the first sequence, taken from the very tensors and kernels
-that were timed. Several methods run in a process each, so that the first call is a first call.
+On a GPU in bfloat16 by ``triton.testing.do_bench`` (medians, a cold L2 cache); on a CPU in float32, the contenders taking
+turns and the shortest turn counting, because whatever else runs on the machine only ever adds. Gradients of every input by
+``torch.autograd.grad``. Errors are RMS ratios against the float64 recurrence on identically rounded inputs, over a prefix
+of the first sequence, taken from the very tensors and kernels that were timed. Several methods run in a process each, so
+that the first call is a first call.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
+import os
 import platform
 import shlex
 import statistics
@@ -37,25 +40,81 @@ PREFIX = 512
 """Tokens of the first sequence that are compared with the recurrence."""
 
 
+Function = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to run a method: `prepare(declaration, dtype)` is a function of the inputs by name that gives o."""
+
+    name: str
+    prepare: Callable[[Any, torch.dtype], Function]
+    what: str
+    slow: bool = False
+    """Not worth more than a few turns."""
+
+
+CONTENDERS: dict[str, Contender] = {
+    c.name: c
+    for c in (
+        Contender("eager", lambda op, dtype: op, "the operator as it is called"),
+        Contender("compiled", lambda op, dtype: _compiled(op), "the operator under torch.compile"),
+        Contender("loop", lambda op, dtype: reference(op, dtype=dtype), "the recurrence, a token at a time", slow=True),
+    )
+}
+"""Ours first; those named in `--against` run beside it. A peer is a line here."""
+
+
+def _compiled(declaration: Any) -> Function:
+    def call(**inputs: Tensor) -> Tensor:
+        return declaration(**inputs)
+
+    compiled: Function = torch.compile(call, fullgraph=True)
+    return compiled
+
+
+@dataclass
+class Run:
+    """One contender. Times in milliseconds: on a CPU the shortest turn, with the median beside it."""
+
+    first_call_s: float
+    """Until the first gradient: deriving, generating, compiling."""
+    forward_ms: float = 0.0
+    forward_backward_ms: float = 0.0
+    forward_median_ms: float = 0.0
+    forward_backward_median_ms: float = 0.0
+    peak_mib: float | None = None
+    """Beyond the inputs; GPU only."""
+    errors: dict[str, float] = field(default_factory=dict)
+    """RMS ratios: "o", and the gradient of every input by its name."""
+
+
 @dataclass
 class Timing:
-    """One method at one shape. Times in milliseconds, memory in MiB beyond the inputs (GPU only)."""
+    """One method at one shape (B, T, H, K, V), by every contender."""
 
     method: str
     shape: tuple[int, int, int, int, int]
-    """B, T, H, K, V."""
     dtype: str
     device: str
-    first_call_s: float
-    """Until the first gradient: deriving, generating, compiling."""
-    forward_ms: float
-    forward_backward_ms: float
-    peak_mib: float | None = None
-    loop_forward_ms: float | None = None
-    """The step-by-step recurrence in the same precision."""
-    loop_forward_backward_ms: float | None = None
-    errors: dict[str, float] = field(default_factory=dict)
-    """RMS ratios: "o", and the gradient of every input by its name."""
+    runs: dict[str, Run]
+
+    def record(self) -> dict[str, Any]:
+        """As JSON: the fields of the first contender, and those of the others after their names."""
+        out: dict[str, Any] = {"method": self.method, "shape": list(self.shape), "dtype": self.dtype, "device": self.device}
+        for n, (name, found) in enumerate(self.runs.items()):
+            out |= {(f"{name}_{key}" if n else key): value for key, value in dataclasses.asdict(found).items()}
+        return out | {"contenders": list(self.runs)}
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> Timing:
+        """What `record` wrote."""
+        runs = {
+            name: Run(**{f.name: record[f"{name}_{f.name}" if n else f.name] for f in dataclasses.fields(Run)})
+            for n, name in enumerate(record["contenders"])
+        }
+        b, t, h, k, v = record["shape"]
+        return cls(record["method"], (b, t, h, k, v), record["dtype"], record["device"], runs)
 
 
 def parse_shape(text: str) -> tuple[int, int, int, int, int]:
@@ -73,48 +132,40 @@ def parse_shape(text: str) -> tuple[int, int, int, int, int]:
 
 
 def measure(
-    declaration: Any, shape: tuple[int, int, int, int, int], device: str, *, loop: bool = True
+    declaration: Any, shape: tuple[int, int, int, int, int], device: str, *, against: Sequence[str] = ()
 ) -> Timing:
-    """Times one method at one shape. ``loop``: on a CPU, also the step-by-step recurrence."""
+    """Times one method at one shape, by the eager operator and by the contenders of `against`."""
     gpu = device.startswith("cuda")
     dtype = torch.bfloat16 if gpu else torch.float32
     inputs, per_token = _inputs(declaration, shape, device, dtype)
     leaves = list(inputs.values())
-    started = time.perf_counter()
-    o = declaration(**inputs)
-    cotangent = torch.randn_like(o)
-    torch.autograd.grad(o, leaves, cotangent)
-    _synchronise(device)
-    first = time.perf_counter() - started
-
-    def forward() -> Tensor:
-        return declaration(**inputs)
-
-    def forward_backward() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(declaration(**inputs), leaves, cotangent)
-
-    timing = Timing(
-        method=declaration.name,
-        shape=shape,
-        dtype=str(dtype).removeprefix("torch."),
-        device=_device_name(device),
-        first_call_s=round(first, 2),
-        forward_ms=_median(forward, device),
-        forward_backward_ms=_median(forward_backward, device),
-    )
-    if gpu:
+    runs: dict[str, Run] = {}
+    forward: dict[str, Callable[[], Tensor]] = {}
+    both: dict[str, Callable[[], Any]] = {}
+    for name in dict.fromkeys(("eager", *against)):
+        function = CONTENDERS[name].prepare(declaration, dtype)
+        started = time.perf_counter()
+        cotangent = torch.randn_like(o := function(**inputs))
+        torch.autograd.grad(o, leaves, cotangent)
+        _synchronise(device)
+        runs[name] = Run(round(time.perf_counter() - started, 2))
+        forward[name] = functools.partial(function, **inputs)
+        both[name] = functools.partial(_gradients, function, inputs, cotangent)
+        runs[name].errors = _errors(function, declaration, inputs, per_token)
+    for found, functions in (("forward", forward), ("forward_backward", both)):
+        for name, (least, median) in _times(functions, device).items():
+            setattr(runs[name], f"{found}_ms", least)
+            setattr(runs[name], f"{found}_median_ms", median)
+    for name in runs if gpu else ():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        forward_backward()
-        timing.peak_mib = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
-    elif loop:
-        recurrence: Callable[..., Any] = reference(declaration, dtype=dtype)
-        timing.loop_forward_ms = _median(lambda: recurrence(**inputs), device, least=2, seconds=2)
-        timing.loop_forward_backward_ms = _median(
-            lambda: torch.autograd.grad(recurrence(**inputs), leaves, cotangent), device, least=2, seconds=2
-        )
-    timing.errors = _errors(declaration, inputs, per_token)
-    return timing
+        both[name]()
+        runs[name].peak_mib = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
+    return Timing(declaration.name, shape, str(dtype).removeprefix("torch."), _device_name(device), runs)
+
+
+def _gradients(function: Function, inputs: dict[str, Tensor], cotangent: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(function(**inputs), list(inputs.values()), cotangent)
 
 
 def _inputs(
@@ -132,9 +183,11 @@ def _inputs(
     return inputs, drawn.per_token
 
 
-def _errors(declaration: Any, inputs: dict[str, Tensor], per_token: frozenset[str]) -> dict[str, float]:
+def _errors(
+    function: Function, declaration: Any, inputs: dict[str, Tensor], per_token: frozenset[str]
+) -> dict[str, float]:
     """With a cotangent that is zero behind the prefix, gradients are those of the prefix alone."""
-    o = declaration(**inputs)
+    o = function(**inputs)
     tokens = min(PREFIX, o.shape[1])
     cotangent = torch.zeros_like(o)
     cotangent[:1, :tokens] = torch.randn_like(o[:1, :tokens])
@@ -159,19 +212,26 @@ def _ratio(found: Tensor, wanted: Tensor) -> float:
     return float(f"{float(difference / wanted.detach().square().mean().sqrt().clamp(min=1e-30)):.2e}")
 
 
-def _median(function: Callable[[], Any], device: str, least: int = 5, seconds: float = 1.0) -> float:
-    """Milliseconds."""
+def _times(
+    functions: dict[str, Callable[[], Any]], device: str, least: int = 7, seconds: float = 2.0
+) -> dict[str, tuple[float, float]]:
+    """Per contender the time that counts and the median, in milliseconds."""
     if device.startswith("cuda"):
         from triton.testing import do_bench
 
-        return round(float(do_bench(function, warmup=50, rep=200, return_mode="median")), 4)
-    function()
-    times: list[float] = []
-    while len(times) < least or sum(times) < seconds:
-        started = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - started)
-    return round(1000 * statistics.median(times), 3)
+        medians = {n: round(float(do_bench(f, warmup=50, rep=200, return_mode="median")), 4) for n, f in functions.items()}
+        return {name: (median, median) for name, median in medians.items()}
+    turns: dict[str, list[float]] = {name: [] for name in functions}
+    while min(map(len, turns.values())) < 3 or any(
+        len(t) < least or sum(t) < seconds for name, t in turns.items() if not CONTENDERS[name].slow
+    ):
+        for name, function in functions.items():
+            if CONTENDERS[name].slow and len(turns[name]) >= 3:
+                continue
+            started = time.perf_counter()
+            function()
+            turns[name].append(time.perf_counter() - started)
+    return {n: (round(1000 * min(t), 3), round(1000 * statistics.median(t), 3)) for n, t in turns.items()}
 
 
 def _synchronise(device: str) -> None:
@@ -183,6 +243,14 @@ def _device_name(device: str) -> str:
     if device.startswith("cuda"):
         return torch.cuda.get_device_name()
     return f"CPU, {torch.get_num_threads()} threads"
+
+
+def _cpu() -> str:
+    """The processor's name and the number of its cores that are here."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
 
 
 def environment() -> dict[str, Any]:
@@ -197,6 +265,10 @@ def environment() -> dict[str, Any]:
 
     used = ptxas_in_use()
     return {
+        "date": time.strftime("%Y-%m-%d"),
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": version("triton"),
@@ -212,17 +284,24 @@ def run(
     *,
     shapes: Sequence[str] = (),
     device: str | None = None,
-    loop: bool = True,
+    against: Sequence[str] | None = None,
     out: Path | None = None,
     markdown: bool = False,
 ) -> list[Timing]:
-    """Measures, prints a table and writes JSON; no methods given means the whole zoo, each in a process of its own."""
+    """Measures, prints a table and writes JSON; no methods given means the whole zoo, each in a process of its own.
+
+    `against` names contenders to time beside the eager operator; by default the loop on a CPU, nothing on a GPU.
+    """
     from lsmc import zoo
     from lsmc.resolve import resolve
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise LsmConfigError(f"device = {device!r}: torch sees no CUDA device here")
+    against = list(against) if against is not None else [] if device.startswith("cuda") else ["loop"]
+    for name in against:
+        if name not in CONTENDERS:
+            raise LsmConfigError(f"against = {name!r}: the contenders are {', '.join(CONTENDERS)}")
     texts = list(shapes or (GPU_SHAPES if device.startswith("cuda") else CPU_SHAPES))
     sizes = [parse_shape(text) for text in texts]
     names = list(methods) or list(zoo.names())
@@ -230,61 +309,59 @@ def run(
     timings: list[Timing] = []
     for name, declaration in zip(names, declarations):
         if len(names) == 1:
-            timings += [measure(declaration, shape, device, loop=loop) for shape in sizes]
+            timings += [measure(declaration, shape, device, against=against) for shape in sizes]
             continue
-        timings += _in_a_process(name, texts, device, loop)
+        timings += _in_a_process(name, texts, device, against)
         print(f"{name}: done", file=sys.stderr)
     if out is not None:
-        record = {"environment": environment(), "results": [dataclasses.asdict(timing) for timing in timings]}
+        record = {"environment": environment(), "results": [timing.record() for timing in timings]}
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(record, indent=1) + "\n")
     print(table_markdown(timings)) if markdown else print_table(timings)
     return timings
 
 
-def _in_a_process(name: str, shapes: Sequence[str], device: str, loop: bool) -> list[Timing]:
+def _in_a_process(name: str, shapes: Sequence[str], device: str, against: Sequence[str]) -> list[Timing]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "timings.json"
         command = [sys.executable, "-m", "lsmc.runtime.bench", name, "--device", device, "--out", str(out)]
-        command += ["--shapes", *shapes, *([] if loop else ["--no-loop"])]
+        command += ["--shapes", *shapes, "--against", *against]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
             raise LsmConfigError(f"{name} could not be measured:\n{result.stderr.strip()[-4000:]}")
         records = json.loads(out.read_text())["results"]
-    return [Timing(**{**record, "shape": tuple(record["shape"])}) for record in records]
+    return [Timing.of(record) for record in records]
 
 
 def _rows(timings: Sequence[Timing]) -> tuple[list[str], list[list[str]]]:
-    header = ["method", "B,T,H,K,V", "forward ms", "fwd+bwd ms", "first call s", "error o", "worst gradient"]
-    loops = any(timing.loop_forward_ms for timing in timings)
-    peaks = any(timing.peak_mib is not None for timing in timings)
-    header += (["loop fwd ms", "loop fwd+bwd ms", "speed-up"] if loops else []) + (
-        ["peak MiB"] if peaks else []
-    )
+    """Ours, then for every other contender its times, how many times ours they are, and for other code its errors."""
+    others = list(dict.fromkeys(name for timing in timings for name in list(timing.runs)[1:]))
+    peaks = any(found.peak_mib is not None for timing in timings for found in timing.runs.values())
+    header = ["method", "B,T,H,K,V", "forward ms", "fwd+bwd ms", "first call s", *["peak MiB"] * peaks, "error o", "worst gradient"]
+    for name in others:
+        header += [f"{name} fwd ms", f"{name} fwd+bwd ms", f"{name} ÷ ours", f"{name} error"]
+    if "loop" in others:
+        header += [f"loop ÷ {name}" for name in others if name != "loop"]
     rows = []
     for timing in timings:
-        gradients = {name: error for name, error in timing.errors.items() if name != "o"}
-        worst = max(gradients, key=lambda name: gradients[name])
-        row = [
-            timing.method,
-            ",".join(map(str, timing.shape)),
-            f"{timing.forward_ms:.3f}",
-            f"{timing.forward_backward_ms:.3f}",
-            f"{timing.first_call_s:.1f}",
-            f"{timing.errors['o']:.1e}",
-            f"{gradients[worst]:.1e} ({worst})",
-        ]
-        if loops:
-            both = timing.loop_forward_backward_ms
-            row += [
-                f"{timing.loop_forward_ms:.0f}" if timing.loop_forward_ms else "",
-                f"{both:.0f}" if both else "",
-                f"{both / timing.forward_backward_ms:.0f}×" if both else "",
-            ]
-        if peaks:
-            row.append(f"{timing.peak_mib:.0f}" if timing.peak_mib is not None else "")
+        ours = next(iter(timing.runs.values()))
+        row = [timing.method, ",".join(map(str, timing.shape)), f"{ours.forward_ms:.3f}", f"{ours.forward_backward_ms:.3f}"]
+        row += [f"{ours.first_call_s:.1f}", *[f"{ours.peak_mib or 0:.0f}"] * peaks, f"{ours.errors['o']:.1e}", _worst(ours)]
+        for name in others:
+            it = timing.runs[name]
+            row += [f"{it.forward_ms:.1f}", f"{it.forward_backward_ms:.1f}"]
+            row += [f"{it.forward_backward_ms / ours.forward_backward_ms:.1f}×", _worst(it)]
+        if "loop" in others:
+            loop = timing.runs["loop"].forward_backward_ms
+            row += [f"{loop / timing.runs[name].forward_backward_ms:.1f}×" for name in others if name != "loop"]
         rows.append(row)
     return header, rows
+
+
+def _worst(found: Run) -> str:
+    gradients = {name: error for name, error in found.errors.items() if name != "o"}
+    worst = max(gradients, key=lambda name: gradients[name])
+    return f"{gradients[worst]:.1e} ({worst})"
 
 
 def table_markdown(timings: Sequence[Timing]) -> str:
@@ -313,7 +390,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--shapes", nargs="+", default=[], metavar="B,T,H,K,V")
     parser.add_argument("--device", default=None)
-    parser.add_argument("--no-loop", action="store_true", help="do not time the step-by-step loop")
+    parser.add_argument("--against", nargs="*", default=None, choices=list(CONTENDERS), help="time these beside the operator")
     parser.add_argument("--out", type=Path, default=None, help="also write JSON")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     options = parser.parse_args(argv)
@@ -321,7 +398,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         options.methods,
         shapes=options.shapes,
         device=options.device,
-        loop=not options.no_loop,
+        against=options.against,
         out=options.out,
         markdown=options.markdown,
     )
