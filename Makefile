@@ -11,6 +11,9 @@ REQUIREMENTS := requirements/cpu.txt requirements/check.txt
 STAMP := $(VENV)/.lsmc-$(shell cat $(REQUIREMENTS) pyproject.toml 2>/dev/null | cksum | cut -d' ' -f1)
 ARGS ?=
 
+# Threads that wait for work spin otherwise, which takes the cores from those that have some when others use them too.
+demo test: export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: help venv demo test check bench golden clean
 
 help:  ## show this list

@@ -1,4 +1,4 @@
-"""The command line. Each command imports what it needs when it runs, so that ``lsmc --help`` is instant."""
+"""The command line. Each command imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -115,7 +115,9 @@ def _train(arguments: Sequence[str]) -> None:
     default = TrainConfig()
     if arguments and not arguments[0].startswith("-"):
         default, arguments = _train_config(arguments[0]), arguments[1:]
-    run(_settings(TrainConfig, "lsmc train", "Train a hybrid model on text.", arguments, default))
+    result = run(_settings(TrainConfig, "lsmc train", "Train a hybrid model on text.", arguments, default))
+    if result.interrupted:
+        raise SystemExit(130)
 
 
 def _train_config(text: str) -> Any:
@@ -160,7 +162,7 @@ def _settings(kind: Any, prog: str, description: str, arguments: Sequence[str], 
     return tyro.cli(kind, prog=prog, description=description, args=list(arguments), default=default)
 
 
-# Commands whose settings are dataclasses of the runtime, which imports torch: read only when they are called.
+# Commands whose settings are dataclasses of the runtime: read only when they are called.
 LATE: dict[str, Callable[[Sequence[str]], None]] = {"train": _train, "generate": _generate}
 
 COMMANDS: dict[str, Callable[..., Any]] = {

@@ -115,6 +115,7 @@ CONFIGS: dict[str, ModelConfig] = {
         vocabulary=256,
         gate_normaliser=4.0,
         moe=MoeConfig(experts=4, top_k=1, width=256, renormalise=False),
+        initial_std=0.05,  # 0.02 is for wide layers: this narrow one would learn more slowly at first
     ),
     "a0.3b-2b": ModelConfig(
         pattern="L" * 12,

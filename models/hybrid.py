@@ -61,6 +61,9 @@ class HybridMoE(nn.Module):
     - ``model(tokens, targets)``: :class:`Losses`;
     - ``logits, state = model.prefill(tokens)`` and ``logits, state = model.step(token, state)``: decoding,
       with memory constant in the length for 'L' layers.
+
+    A row is one document: packed documents are for the operator alone (its ``cu_seqlens``); here attention and
+    the convolution would look past a document's start.
     """
 
     def __init__(self, config: ModelConfig) -> None:

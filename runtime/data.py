@@ -45,6 +45,8 @@ class DataConfig:
     """``bytes``, or a Hugging Face tokenizer's name (needs ``transformers``)."""
     held_out: float = 0.03
     """Share of each file's end that is held out; the ``shakespeare`` source holds out whole plays instead."""
+    subset: str = ""
+    """Configuration of a Hugging Face data set, where it has several."""
     split: str = "train"
     """Split of a Hugging Face data set."""
     column: str = "text"
@@ -213,7 +215,13 @@ def _hugging_face(config: DataConfig) -> tuple[list[bytes], list[bytes], str]:
             f"DataConfig.source = {config.source!r} needs the package datasets\n"
             "help: pip install 'lsmc[data]'"
         ) from error
-    stream = datasets.load_dataset(name, split=config.split, streaming=True)
+    try:
+        stream = datasets.load_dataset(name, config.subset or None, split=config.split, streaming=True)
+    except Exception as error:  # the package raises classes of its own, of its hub's client and of Python's
+        raise LsmDataError(
+            f"DataConfig.source = {config.source!r}, subset {config.subset!r}, split {config.split!r}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     every = max(2, round(1 / config.held_out))
     train: list[bytes] = []
     held_out: list[bytes] = []

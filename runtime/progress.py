@@ -68,7 +68,8 @@ class Progress:
             self.printed = time.monotonic()
             self.note(
                 f"{self._step(record)}  {record['bits_per_byte']:.3f} bits/byte  "
-                f"{record['tokens_per_second']:,.0f} tokens/s  {clock(record['elapsed'])}, {clock(left)} left"
+                f"{record['tokens_per_second']:,.0f} tokens/s on {record['threads']} thread(s)  "
+                f"{clock(record['elapsed'])}, {clock(left)} left"
             )
 
     def _step(self, record: dict[str, Any]) -> str:
@@ -79,6 +80,7 @@ class Progress:
         table.add_row("loss", f"{record['loss']:.4f}", "bits/byte", f"{record['bits_per_byte']:.3f}")
         held_out = "–" if self.held_out is None else f"{self.held_out[1]:.3f} (step {self.held_out[0]})"
         table.add_row("tokens/s", f"{record['tokens_per_second']:,.0f}", "held out", held_out)
+        table.add_row("threads", str(record["threads"]), "tokens", f"{record['tokens']:,}")
         table.add_row("elapsed", clock(record["elapsed"]), "left", clock(left))
         table.add_row(
             "learning rate", f"{record['lr']:.2e}", "gradient norm", f"{record['gradient_norm']:.2f}"

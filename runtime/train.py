@@ -2,7 +2,7 @@
 
 A step is a pure function of (parameters, optimizer state, generator states, step number): data order comes
 from the step number, the learning rate from the step number, and all the rest is in the checkpoint. The one
-exception is stated where it is made: with ``max_seconds`` the schedule also follows the clock.
+exception is stated where it is made: with ``max_seconds`` the schedule and the threads also follow the clock.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from lsmc.runtime import checkpoint
 from lsmc.runtime.data import Batches, Corpus, DataConfig, evaluation_batches, load, tokenizer
 from lsmc.runtime.errors import LsmCheckpointError, LsmConfigError, LsmTrainingError
 from lsmc.runtime.progress import Progress
+from lsmc.runtime.threads import Threads
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,12 @@ class TrainConfig:
     max_seconds: float = 0.0
     """Stop after so many seconds of training and let the schedule follow the clock too (0: steps alone
     decide, and the run is reproducible)."""
+    min_steps: int = 0
+    """Steps that a run with ``max_seconds`` takes even when its time is over, as long as ``patience`` lasts."""
+    patience: float = 0.0
+    """Further seconds for ``min_steps``; the run then ends."""
+    threads: int = 0
+    """CPU threads; 0: as many as torch chooses, and where ``max_seconds`` decides, one or all by measured speed."""
 
     lr: float = 3e-3
     min_lr: float = 0.05
@@ -119,6 +126,9 @@ class TrainConfig:
             "weight_decay",
             "clip",
             "max_seconds",
+            "min_steps",
+            "patience",
+            "threads",
             "eval_tokens",
             "final_eval_tokens",
             "seed",
@@ -153,15 +163,27 @@ class TrainResult:
     interrupted: bool
 
 
+def share_done(config: TrainConfig, step: int, elapsed: float = 0.0) -> float:
+    """How much of a run lies behind it: 1 after ``steps``, or, where the clock decides too, after
+    ``max_seconds`` and ``min_steps``, or after ``max_seconds + patience``. It never falls."""
+    done = step / config.steps
+    if config.max_seconds:
+        by_clock = elapsed / config.max_seconds
+        if config.min_steps:
+            by_clock = min(by_clock, step / config.min_steps)
+        done = max(done, by_clock, elapsed / (config.max_seconds + config.patience))
+    return min(1.0, done)
+
+
 def learning_rate(config: TrainConfig, step: int, elapsed: float = 0.0) -> float:
-    """Linear warm-up to ``lr``, then half a cosine down to ``min_lr · lr`` at ``steps`` (or
-    ``max_seconds``)."""
+    """Linear warm-up to ``lr``, then half a cosine down to ``min_lr · lr`` at the run's end."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
-    done = (step - config.warmup) / max(1, config.steps - config.warmup)
     if config.max_seconds:
-        done = max(done, elapsed / config.max_seconds)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        done = share_done(config, step, elapsed)
+    else:
+        done = min(1.0, (step - config.warmup) / max(1, config.steps - config.warmup))
+    cosine = 0.5 * (1 + math.cos(math.pi * done))
     return config.lr * (config.min_lr + (1 - config.min_lr) * cosine)
 
 
@@ -340,8 +362,7 @@ class Trainer:
             file.write(json.dumps(record) + "\n")
 
     def _finished(self) -> bool:
-        config = self.config
-        return self.step >= config.steps or bool(config.max_seconds and self.elapsed >= config.max_seconds)
+        return share_done(self.config, self.step, self.elapsed) >= 1
 
     def run(self, progress: Progress) -> TrainResult:
         config = self.config
@@ -351,9 +372,11 @@ class Trainer:
         last_time, last_step = started, self.step
         held_out, paused = math.nan, 0.0
         saved: Path | None = None
-        with _interruptible() as asked:
+        threads = Threads(config.threads, measure=bool(config.max_seconds) and self.device.type == "cpu")
+        with _interruptible() as asked, threads:
             while not self._finished() and not asked.is_set():
-                losses, norm = self.train_step()
+                with threads.timed():
+                    losses, norm = self.train_step()
                 self.elapsed = before + time.perf_counter() - started - paused
                 if self.step % config.log_every == 0 or self._finished():
                     nll = losses.nll.item()
@@ -375,6 +398,7 @@ class Trainer:
                         "gradient_norm": norm.item(),
                         "tokens_per_second": rate,
                         "tokens": self.step * tokens_a_step,
+                        "threads": threads.now,
                         "load": [[round(x, 4) for x in layer] for layer in losses.load.tolist()],
                     }
                     self._write(record)
@@ -411,10 +435,12 @@ class Trainer:
     def _left(self, first: int, started: float) -> float:
         """Seconds of training left, as things go."""
         spent = time.perf_counter() - started
-        by_steps = spent / max(1, self.step - first) * (self.config.steps - self.step)
-        if self.config.max_seconds:
-            return max(0.0, min(by_steps, self.config.max_seconds - self.elapsed))
-        return by_steps
+        config, each = self.config, spent / max(1, self.step - first)
+        left = each * (config.steps - self.step)
+        if config.max_seconds:
+            by_clock = max(config.max_seconds - self.elapsed, each * (config.min_steps - self.step))
+            left = min(left, by_clock, config.max_seconds + config.patience - self.elapsed)
+        return max(0.0, left)
 
 
 def train(config: TrainConfig, model: nn.Module | None = None, quiet: bool = False) -> TrainResult:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1)  # the tensors are small: more threads would mostly wait for each other
 
 # Derandomised: the same examples on every run, so a red test is a change of the code.
 # LSMC_EXAMPLES=1000 digs deeper.

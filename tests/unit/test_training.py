@@ -8,6 +8,8 @@ import math
 import re
 import signal
 import subprocess
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +18,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lsmc import zoo
+from lsmc import cli, zoo
 from lsmc.models import HybridMoE, ModelConfig, MoeConfig
-from lsmc.runtime import checkpoint, data
+from lsmc.runtime import checkpoint, data, threads
 from lsmc.runtime.data import Batches, ByteTokenizer, DataConfig, evaluation_batches
 from lsmc.runtime.demo import DemoConfig, compiled_stages, demo
 from lsmc.runtime.errors import LsmCheckpointError, LsmConfigError, LsmDataError
 from lsmc.runtime.generate import GenerateConfig, generate, load_model, sample
 from lsmc.runtime.progress import Progress
 from lsmc.runtime.report import read_metrics, ticks
-from lsmc.runtime.train import TrainConfig, Trainer, learning_rate, parameter_groups, train
+from lsmc.runtime.train import TrainConfig, Trainer, learning_rate, parameter_groups, share_done, train
 
 TEXT = "".join(f"{n} bottles of beer on the wall, {n} bottles of beer. " for n in range(99, 0, -1)) * 2
 SMALL = ModelConfig(
@@ -172,6 +174,83 @@ def test_with_a_time_limit_the_schedule_ends_with_the_time() -> None:
     config = TrainConfig(steps=10_000, warmup=10, lr=1.0, min_lr=0.1, max_seconds=60)
     assert learning_rate(config, 500, elapsed=60) == pytest.approx(0.1)
     assert learning_rate(config, 500, elapsed=30) == pytest.approx(0.55)
+
+
+def test_a_run_by_the_clock_waits_for_its_least_steps_while_its_patience_lasts() -> None:
+    config = TrainConfig(steps=10_000, max_seconds=60, min_steps=100, patience=30)
+    assert share_done(config, 50, elapsed=70) == pytest.approx(70 / 90)
+    assert share_done(config, 50, elapsed=30) == pytest.approx(0.5)
+    assert share_done(config, 100, elapsed=60) == share_done(config, 40, elapsed=90) == 1
+    assert share_done(config, 5_000, elapsed=30) == pytest.approx(0.5)
+    assert learning_rate(config, 40, elapsed=90) == pytest.approx(config.lr * config.min_lr)
+
+
+def test_the_faster_number_of_threads_is_kept_and_the_old_one_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 0.0
+    monkeypatch.setattr(threads.time, "perf_counter", lambda: clock)
+    for slow in (1, 2):
+        chosen = threads.Threads(0, measure=True)
+        chosen.candidates, before = [1, 2], torch.get_num_threads()
+        with chosen:
+            for _ in range(2 * threads.TRIAL + 1):
+                with chosen.timed():
+                    clock += 2.0 if torch.get_num_threads() == slow else 1.0
+            assert chosen.now == torch.get_num_threads() == 3 - slow
+        assert torch.get_num_threads() == before
+
+
+def test_a_data_set_of_the_hub_is_read_as_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(path: str, name: str | None, *, split: str, streaming: bool) -> Any:
+        if path != "some/text":
+            raise FileNotFoundError(path)
+        assert (name, split, streaming) == ("en", "train", True)
+        return iter([{"text": f"document {n}"} for n in range(10)])
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    corpus = data.load(DataConfig(source="hf:some/text", subset="en", held_out=0.2, max_documents=5))
+    assert bytes(corpus.held_out) == b"document 4\n\n"
+    assert bytes(corpus.train).count(b"document") == 4
+    with pytest.raises(LsmDataError, match=r"column.*some/text has text"):
+        data.load(DataConfig(source="hf:some/text", subset="en", column="body"))
+    with pytest.raises(LsmDataError, match="FileNotFoundError"):
+        data.load(DataConfig(source="hf:absent"))
+
+
+def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(LsmDataError, match=r"lsmc\[data\]"):
+        data.load(DataConfig(source="hf:some/text"))
+
+
+METHODS = {
+    "two_sided": """
+from lsmc import LSM, Vector, elu, k, outer, q, v, M
+two_sided = LSM("two_sided", decay=Vector("g") * Vector("h", over="V"), update=outer(elu(k) + 1, v),
+                readout=(elu(q) + 1) @ M.decayed + v)
+""",
+    "oja": """
+from lsmc import LSM, M, Scalar, k, outer, q, scalar, sigmoid, v
+gate = scalar("gate")
+oja = LSM("oja", decay=Scalar("g"), update=sigmoid(gate) * outer(k, v - 0.5 * (k @ M.decayed)), readout=q @ M)
+""",
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_unknown_method_in_the_users_file_passes_check_and_trains(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert len(METHODS[name].strip().splitlines()) <= 10
+    (tmp_path / "own.py").write_text(METHODS[name])
+    (tmp_path / "text.txt").write_text(TEXT)
+    cli.main(["check", f"{tmp_path}/own.py:{name}", "--examples", "2"])
+    assert "laws hold" in capsys.readouterr().out
+    given = f"--lsm {tmp_path}/own.py:{name} --data.source {tmp_path}/text.txt --data.held-out 0.1 --out {tmp_path}/run"
+    small = "--steps 6 --batch 2 --length 16 --warmup 2 --log-every 1 --pattern LN --final-eval-tokens 64"
+    cli.main(["train", "tiny", *given.split(), *small.split()])
+    bits = [r["bits_per_byte"] for r in read_metrics(tmp_path / "run") if "bits_per_byte" in r]
+    assert bits[-1] < bits[0]
+    cli.main(["generate", f"{tmp_path}/run", "--tokens", "3"])
 
 
 def test_only_matrices_decay_and_no_parameter_is_forgotten() -> None:
@@ -398,7 +477,7 @@ def test_the_demo_shows_the_compiler_trains_and_writes_a_report(
     (tmp_path / "text.txt").write_text(TEXT)
     method = zoo.names()[0]
     config = DemoConfig(
-        lsm=method, source=str(tmp_path / "text.txt"), out=tmp_path / "run", seconds=1.0, tokens=20
+        lsm=method, source=str(tmp_path / "text.txt"), out=tmp_path / "run", seconds=1.0, min_steps=0, tokens=20
     )
     report = demo(config)
     shown = capsys.readouterr().out
