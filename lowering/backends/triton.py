@@ -16,6 +16,7 @@ from lsmc.ir import Dims, Program
 from lsmc.lowering import kernels
 from lsmc.lowering.backends import triton_tiles
 from lsmc.lowering.backends.triton_emit import Emitted, emit
+from lsmc.lowering.backends.triton_sums import gather
 from lsmc.schedules import Schedule
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -25,8 +26,8 @@ class Compiled:
     """The Triton form of one program under one schedule: printable source and a launch on tensors."""
 
     def __init__(self, program: Program, schedule: Schedule) -> None:
-        self.program, self.schedule = program, schedule
-        self.source, self.kernels = emit(program, schedule)
+        self.program, self.schedule = gather(program), schedule
+        self.source, self.kernels = emit(self.program, schedule)
         self.hash = kernels.digest(self.source + getsource(triton_tiles))
         self.plans: dict[str, dict[str, int]] = {}  # by kernel: what a tuner found, over `plan_of`
 
@@ -85,6 +86,7 @@ class _Launch:
         else:
             self._pack(cu_seqlens)
         self.saved: dict[str, Tensor] = {}
+        self.flags: Tensor | None = None
         self.outputs: dict[str, Tensor] = {}
         self.parts: dict[str, int] = {}
         self.ends: dict[str, Tensor] = {}
@@ -132,22 +134,32 @@ class _Launch:
                 args[f"s_{c.name}"] = self.saved[c.name] = self.empty((self.chunks, self.heads, r, v), self.like.dtype)
         for c in k.loads:
             args[f"s_{c.name}"] = self.saved[c.name]
-        for op in k.makes:
+        for op in k.makes if k.how != "slow" else ():
             rows, last = (self.chunk if d == "T" else self.size[d] for d in op.dims)
             dtype = self.like.dtype if op.dims[0] == "T" else torch.float32
             self.saved[f"t_{op.id}"] = self.empty((self.chunks, self.heads, rows, last), dtype)
         args |= {f"t_{op.id}": self.saved[f"t_{op.id}"] for op in (*k.makes, *k.takes)}
+        if k.how:
+            if self.flags is None:
+                self.flags = self.empty((self.chunks * self.heads,), torch.int32)
+            args["flags"] = self.flags
+        exact = self.type == tl.float32
+        if exact and k.how == "slow":
+            return 0, {}
         plan = plan_of(k, self.size.get("K", 1), self.size.get("V", 1), self.sequences * self.heads, self.chunk)
         plan |= self.compiled.plans.get(k.name, {})
         blocks = 1
         if k.split:
             blocks = triton.cdiv(self.size[k.split], plan["BK" if k.split == "K" else "BV"])
         for name, op in k.stores:
-            args[f"o_{name}"] = self.outputs[name] = self._output(name, op.dims, blocks if name in k.partial else 0)
+            if k.how != "slow":
+                self.outputs[name] = self._output(name, op.dims, blocks if name in k.partial else 0)
+            args[f"o_{name}"] = self.outputs[name]
         units = self.sequences if k.scan else self.chunks
         args |= {"cu": self.cu, "first": self.first, "owner": self.owner, "B": self.batch, "T": self.tokens, "HV": self.heads,
                  "COUNT": self.per_sequence, "CHUNKS": self.chunks, "C": self.chunk, "LEVELS": self.chunk.bit_length() - 1,
-                 "K": self.size.get("K", 1), "V": self.size.get("V", 1), "PACKED": self.packed, "DT": self.type, **plan}
+                 "K": self.size.get("K", 1), "V": self.size.get("V", 1), "PACKED": self.packed,
+                 "HOW": 1 if exact or k.how == "slow" else 0 if k.how else 2, "DT": self.type, **plan}
         return units * self.heads * blocks, args
 
     def _output(self, name: str, dims: Dims, blocks: int) -> Tensor:

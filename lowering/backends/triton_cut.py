@@ -61,7 +61,9 @@ def costly(program: Program, schedule: Schedule) -> set[int]:
             wide = op.kind in ("cumsum", "sum") and program.index[op.args[0]].dims[0] == "T" and op.dims[1] != "1"
             if any(a in dear for a in op.args) or op.kind in ("form", "inverse") or wide:
                 dear.add(op.id)
-    out = {op.id for op in program.ops if op.id in dear and (op.kind == "inverse" or op.kind == "form" and op.dims == ("T", "T"))}
+    corrects = any(op.kind == "inverse" for op in program.ops)
+    out = {op.id for op in program.ops if op.id in free and op.dims == ("T", "T")
+           and (op.kind in ("inverse", "form") or corrects and op.kind == "matmul" and "K" in contracts(program, op))}
     for k in schedule.kernels:
         for op in program.ancestors(roots(program, Kernel(k.name, k.carries, (), ()))) if k.carries else ():
             if op.id not in free or op.kind == "matmul":
@@ -92,7 +94,7 @@ def shares(program: Program, body: Iterable[Op], dim: str) -> set[int] | None:
 
 
 def splits(program: Program, kernel: Kernel, known: Iterable[int]) -> dict[str, bool]:
-    """The dimensions along which a kernel can split, and whether it is clean along them."""
+    """The dimensions along which a kernel can split, and whether that shares all of its work."""
     found = {}
     carried = [i for c in program.carries if c.name in kernel.carries for i in (c.inp, c.out)]
     ends = roots(program, kernel)
@@ -101,23 +103,49 @@ def splits(program: Program, kernel: Kernel, known: Iterable[int]) -> dict[str, 
         if part is None or part & set(carried):
             continue
         wide = [i for i in ends if i in part and program.index[i].dims[1] != "1"]
-        if not wide and (part & set(ends) or any(dim in program.index[i].dims for i in ends)):
-            found[dim] = not part & set(ends)
+        if not wide:
+            found[dim] = not part & set(ends) and any(dim in program.index[i].dims for i in ends)
     return found
 
 
 def pieces(program: Program, schedule: Schedule) -> tuple[Piece, ...]:
     """The launches of a schedule, in order."""
     dear = costly(program, schedule)
+    kept = set[int]()
     out: list[Piece] = []
     for k in schedule.kernels:
-        out += _part(program, k, dear)
+        out += _part(program, k, dear | kept)
+        kept |= through(program, k)
     if len(out) == 1 and not out[0].kernel.carries:
         return (Piece(out[0].kernel, frozenset(), (), out[0].split),)
-    used = {a for p in out for op in program.ancestors(p.roots(program), dear) for a in op.args} & dear
+    done: list[Piece] = []
+    for p in reversed(out):  # who makes a value that later pieces take
+        wanted = set().union(*(_taken(program, q) for q in done)) - set().union(*(q.makes for q in done))
+        mine = tuple(sorted(through(program, p.kernel) & wanted - p.known))
+        done.append(Piece(p.kernel, p.known, mine, p.split))
+    used = set().union(*(_taken(program, p) for p in done)) & dear
     if used:
-        out.insert(0, Piece(Kernel("prepare", (), (), ()), frozenset(), tuple(sorted(used)), None))
-    return tuple(out)
+        done.append(Piece(Kernel("prepare", (), (), ()), frozenset(), tuple(sorted(used)), None))
+    return tuple(reversed(done))
+
+
+def _taken(program: Program, piece: Piece) -> set[int]:
+    """The values of earlier pieces that a piece reads."""
+    ends = piece.roots(program)
+    return (set(ends) | {a for op in program.ancestors(ends, piece.known) for a in op.args}) & piece.known
+
+
+def through(program: Program, k: Kernel) -> set[int]:
+    """What a scan reads out of its memory over K, per token: later kernels that take it contract K no more."""
+    body = program.ancestors(roots(program, Kernel(k.name, k.carries, (), ()))) if k.carries else []
+    inside = {c.inp for c in program.carries if c.name in k.carries}
+    out = set[int]()
+    for op in body:
+        if inside & set(op.args):
+            inside.add(op.id)
+            if op.kind == "matmul" and op.dims == ("T", "V") and set(op.args) & {c.inp for c in program.carries}:
+                out.add(op.id)
+    return out
 
 
 def _part(program: Program, k: Kernel, known: set[int]) -> list[Piece]:

@@ -23,7 +23,7 @@ from lsmc.schedules import Kernel, Schedule
 from lsmc.schedules.order import order
 
 TILES = ("diagonal", "keep", "dot", "running", "cumsum", "lower", "between", "between_grad", "inverse", "form_p", "form_x", "form_y",
-         "form_gate", "form_all")
+         "form_gate", "form_all", "mild", "later")
 SIZE = {"T": "C", "K": "BK", "V": "BV", "1": "1"}
 EXTENT = {"T": 64, "K": 128, "V": 128, "1": 1}
 """Typical extents, for the weight of a value in registers."""
@@ -43,11 +43,13 @@ class Emitted:
     makes: tuple[Op, ...]
     takes: tuple[Op, ...]
     split: str | None
+    how: str
     source: str
 
     @property
     def scan(self) -> bool:
-        return bool(self.carries)
+        """One program runs through all chunks of its sequence."""
+        return bool(self.carries) or self.how == "slow"
 
 
 def gates(program: Program) -> set[int]:
@@ -63,7 +65,14 @@ def gates(program: Program) -> set[int]:
 
 def emit(program: Program, schedule: Schedule) -> tuple[str, tuple[Emitted, ...]]:
     """The module's source and its kernels."""
-    parts = [_Writer(program, p).run() for p in pieces(program, schedule)]
+    parts: list[Emitted] = []
+    flagged = False
+    for p in pieces(program, schedule):
+        writers = [_Writer(program, p)]
+        if writers[0].decays and not p.kernel.carries and (p.makes or flagged):
+            writers = [_Writer(program, p, "first" if p.makes else "fast"), _Writer(program, p, "slow")]
+            flagged = True
+        parts += [w.run() for w in writers]
     head = ['"""Generated from:', "", *str(program).replace("\\", "").splitlines(), "", *str(schedule).splitlines(), '"""', "",
             "import triton", "import triton.language as tl", "",
             "from lsmc.lowering.backends.triton_tiles import (", f"    {', '.join(TILES)},", ")", ""]
@@ -120,11 +129,17 @@ class _Expression:
 
 
 class _Writer:
-    """Writes the source of one kernel."""
+    """Writes the source of one kernel.
 
-    def __init__(self, program: Program, piece: Piece) -> None:
-        self.program, self.piece, self.kernel, self.split = program, piece, piece.kernel, piece.split
-        self.name = f"{program.name}_{self.kernel.name}"
+    Decay forms are one product where the decays of a chunk are mild, as they mostly are, and a series of halvings else.
+    A chunks kernel with forms is therefore written twice: `fast` does the mild chunks, `slow` the others, one program
+    for each sequence, which mostly ends at once. The `first` of them finds out and leaves flags. Other kernels (how = "")
+    decide inside.
+    """
+
+    def __init__(self, program: Program, piece: Piece, how: str = "") -> None:
+        self.program, self.piece, self.kernel, self.split, self.how = program, piece, piece.kernel, piece.split, how
+        self.name = f"{program.name}_{self.kernel.name}" + "_slow" * (how == "slow")
         ends = piece.roots(program)
         body = program.ancestors(ends, piece.known)
         self.part = (shares(program, body, self.split) or set()) if self.split else set[int]()
@@ -132,6 +147,7 @@ class _Writer:
         used = {a for op in body for a in op.args} | set(ends)
         self.takes = tuple(program.index[i] for i in sorted(piece.known & used))
         self.gates = gates(program)
+        self.decays = tuple(sorted({op.args[-1] for op in body if op.kind in ("form", "form_gate")}))
         carried = {c.name: c for c in program.carries}
         inside = {op.id for op in body}
         self.carries = tuple(carried[n] for n in self.kernel.carries)
@@ -139,8 +155,8 @@ class _Writer:
         self.inputs = tuple(op for op in body if op.kind == "input" and op.attr("role") != "carry")
         ids = dict(program.outputs)
         self.stores = tuple((n, program.index[ids[n]]) for n in self.kernel.stores)
-        self.body = order(program, body, ends, _weight)
-        self.groups = self._group_forms()
+        self.groups = _group_forms(body)
+        self.body = self._ordered(body, ends)
         self.scaled, self.traced = self._absorbed()
         self.lines: list[str] = []
         self.indent = 1
@@ -199,9 +215,9 @@ class _Writer:
     # -- the frame ----------------------------------------------------------------------------------------------------
 
     def run(self) -> Emitted:
-        scan = bool(self.carries)
-        self._prologue(scan)
-        if scan:
+        loops = bool(self.carries) or self.how == "slow"
+        self._prologue(loops)
+        if loops:
             for c in self.carries:
                 self._start(c)
             order = "count - 1 - step" if self.kernel.reverse(self.program) else "step"
@@ -209,14 +225,35 @@ class _Writer:
             self.indent += 1
             self.line(f"chunk = {order}")
         self._chunk()
-        if scan:
-            self.indent -= 1
+        if loops:
+            self.indent = 1
             for c in self.carries:
                 self._end(c)
         source = self._signature() + "\n".join(self.lines) + "\n"
         partial = frozenset(n for n, op in self.stores if op.id in self.part)
         return Emitted(self.name, self.kernel, self.inputs, self.stores, partial, self.carries, self.loads, self.makes,
-                       self.takes, self.split, source)
+                       self.takes, self.split, self.how, source)
+
+    def _choose(self) -> None:
+        """Leave the chunks that the other of a pair of kernels does."""
+        if self.how == "first":
+            for op in self.program.ancestors(self.decays):
+                if op.id not in self.done:
+                    self._op(op)
+                    self.done.add(op.id)
+            sums = " & ".join(f"mild({self.sums(i)}, DT)" for i in self.decays)
+            self.line("if HOW == 0:")
+            self.line(f"    fine = {sums}")
+            self.line("    tl.store(flags + saved, fine.to(tl.int32))")
+            self.line("    if not fine:")
+            self.line("        return")
+        elif self.how == "fast":
+            self.line("if HOW == 0:")
+            self.line("    if tl.load(flags + saved) == 0:")
+            self.line("        return")
+        elif self.how == "slow":
+            self.line("if tl.load(flags + saved) == 0:")
+            self.indent += 1
 
     def _signature(self) -> str:
         args: list[str] = []
@@ -228,8 +265,9 @@ class _Writer:
             args += [f"i_{c.name}", f"e_{c.name}", *([f"s_{c.name}"] * (c.name in self.kernel.saves))]
         args += [f"s_{c.name}" for c in self.loads]
         args += [f"t_{op.id}" for op in (*self.makes, *self.takes)]
+        args += ["flags"] if self.how else []
         args += ["cu", "first", "owner", "B", "T", "HV", "COUNT", "CHUNKS", "C: tl.constexpr", "LEVELS: tl.constexpr", "K: tl.constexpr",
-                 "V: tl.constexpr", "BK: tl.constexpr", "BV: tl.constexpr", "PACKED: tl.constexpr", "DT: tl.constexpr"]
+                 "V: tl.constexpr", "BK: tl.constexpr", "BV: tl.constexpr", "PACKED: tl.constexpr", "HOW: tl.constexpr", "DT: tl.constexpr"]
         args += [f"HAS_{c.name}: tl.constexpr" for c in self.carries]
         rows, row = [], "    "
         for a in args:
@@ -334,6 +372,7 @@ class _Writer:
             w(f"v{c.inp} = m_{c.name}")
             self.plain[c.inp] = self.cast[c.inp, "f"] = f"v{c.inp}"
             self.done.add(c.inp)
+        self._choose()
         waiting, making = list(self.stores), list(self.makes)
         for op in self.body:
             if op.id not in self.done:
@@ -396,21 +435,17 @@ class _Writer:
             at = f"inr{d}" if op.dims[0] == d else f"inc{d}"
             self.line(f"v{op.id} = keep(v{op.id}, {at}, PAD{d})")
 
-    def _group_forms(self) -> dict[int, tuple[int, int, int]]:
-        """Decay forms with respect to X, Y and g of the same operands: they are computed together, by the first one."""
-        forms = {(op.attr("wrt"), op.args, op.attr("before")): op for op in self.body if op.kind == "form"}
-        place = {op.id: n for n, op in enumerate(self.body)}
-        out: dict[int, tuple[int, int, int]] = {}
-        for op in self.body:
-            if op.kind == "form_gate":
-                p, x, y, g = op.args
-                fx, fy = forms.get(("X", (p, y, g), op.attr("before"))), forms.get(("Y", (p, x, g), op.attr("before")))
-                if fx and fy and fx.attr("strict") == fy.attr("strict"):
-                    ids = (fx.id, fy.id, op.id)
-                    head = min(ids, key=lambda i: place[i])
-                    if all(place.get(a, -1) < place[head] for a in op.args):
-                        out[head] = ids
-        return out
+    def _ordered(self, body: list[Op], ends: list[int]) -> list[Op]:
+        """The body in a good order; the decay forms of a group come at once, at the place of the gate's."""
+        stand_in = {i: gate for gate, (x, y) in self.groups.items() for i in (x, y)}
+        units = [Op(op.id, op.dims, op.kind, tuple(stand_in.get(a, a) for a in op.args), op.attrs)
+                 for op in body if op.id not in stand_in]
+        found = order(units, [stand_in.get(i, i) for i in ends], self._weight)
+        return [self.program.index[op.id] for op in found]
+
+    def _weight(self, op: Op) -> int:
+        """Bytes of a value in registers: what is loaded has 16 bits as a rule."""
+        return EXTENT[op.dims[0]] * EXTENT[op.dims[1]] * (2 if op.kind == "input" else 12 if op.id in self.groups else 4)
 
     def _absorbed(self) -> tuple[dict[int, tuple[int, int]], dict[int, tuple[int, int]]]:
         """Elementwise products that need not exist: s ⊙ X whose rows are contracted, where s can go to the other operand
@@ -469,8 +504,8 @@ class _Writer:
                 x = f"tl.where({mask}, {x}, -float('inf'))" if mask != "None" else x
                 self.line(f"{name} = tl.max({x}, axis={op.attr('axis')}, keep_dims=True)")
             case "valid":
-                source = self.program.index[op.args[0]]
-                if self._zero_behind(source) or self._only_stored(op):
+                origin = self.program.index[op.args[0]]
+                if self._zero_behind(origin) or self._only_stored(op):
                     self._same(op.id, op.args[0])
                 else:
                     self.line(f"{name} = tl.where(rows, {self.f(op.args[0])}, 0.0)")
@@ -504,9 +539,12 @@ class _Writer:
         apart = f"cumsum({x}, {reverse}, {exclusive}, DT)"
         if op.dims[1] == "1":
             return apart
-        total = f"tl.sum({x}, axis=0, keep_dims=True)"
-        near = {(False, False): "{s}", (False, True): "{s} - {x}", (True, False): "{t} - {s} + {x}", (True, True): "{t} - {s}"}
-        close = near[reverse, exclusive].format(s=self.sums(i), x=x, t=total)
+        if reverse and i not in self.gates:
+            close = f"later({x}, DT)" + f" - {x}" * exclusive
+        else:
+            total = f"tl.sum({x}, axis=0, keep_dims=True)"
+            near = {(False, False): "{s}", (False, True): "{s} - {x}", (True, False): "{t} - {s} + {x}", (True, True): "{t} - {s}"}
+            close = near[reverse, exclusive].format(s=self.sums(i), x=x, t=total)
         if i in self.gates:
             close = f"tl.minimum({close}, 0.0)"
         return f"{apart} if DT == tl.float32 else {close}"
@@ -570,15 +608,15 @@ class _Writer:
 
     def _form(self, op: Op) -> None:
         if op.id in self.groups:
-            x, y, gate = self.groups[op.id]
-            ids, like = self.program.index[gate].args, self.program.index[x]
+            x, y = self.groups[op.id]
+            ids, like = op.args, self.program.index[x]
         else:
             ids, like = op.args, op
         a = ", ".join(map(self.f, ids[:-1]))
-        tail = f"{self.gate(ids[-1])}, {self.sums(ids[-1])}, {like.attr('strict')}, {like.attr('before')}, LEVELS, DT"
+        tail = f"{self.gate(ids[-1])}, {self.sums(ids[-1])}, {like.attr('strict')}, {like.attr('before')}, LEVELS, HOW, DT"
         if op.id in self.groups:
-            self.line(f"v{x}, v{y}, v{gate} = form_all({a}, {tail})")
-            for i in (x, y, gate):
+            self.line(f"v{x}, v{y}, v{op.id} = form_all({a}, {tail})")
+            for i in (x, y, op.id):
                 self._loaded(i)
         elif op.kind == "form_gate":
             self.line(f"v{op.id} = form_gate({a}, {tail})")
@@ -586,6 +624,14 @@ class _Writer:
             self.line(f"v{op.id} = form_{op.attr('wrt').lower()}({a}, {tail})")
 
 
-def _weight(op: Op) -> int:
-    """Bytes of a value in registers: what is loaded has 16 bits as a rule."""
-    return EXTENT[op.dims[0]] * EXTENT[op.dims[1]] * (2 if op.kind == "input" else 4)
+def _group_forms(body: list[Op]) -> dict[int, tuple[int, int]]:
+    """By the decay form with respect to g: those with respect to X and Y of the same operands, to be computed with it."""
+    forms = {(op.attr("wrt"), op.args, op.attr("before")): op for op in body if op.kind == "form"}
+    out: dict[int, tuple[int, int]] = {}
+    for op in body:
+        if op.kind == "form_gate":
+            p, x, y, g = op.args
+            fx, fy = forms.get(("X", (p, y, g), op.attr("before"))), forms.get(("Y", (p, x, g), op.attr("before")))
+            if fx and fy and fx.attr("strict") == fy.attr("strict"):
+                out[op.id] = fx.id, fy.id
+    return out

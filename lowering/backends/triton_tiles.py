@@ -276,55 +276,64 @@ def mild(s, DT: tl.constexpr):
     return out
 
 
+# How a form is computed, `HOW`: in one product, for mild decays only (0); by halving (1); whichever the decays ask for (2).
+
+
 @triton.jit
-def form_p(x, y, g, s, STRICT: tl.constexpr, BEFORE: tl.constexpr, LEVELS: tl.constexpr, DT: tl.constexpr):
-    """P_ij = sum over d of X_id Y_jd exp(sum of g_d over (j, i])."""
-    if tl.float32 == DT:
-        out = halved_p(x, y, g, STRICT, BEFORE, LEVELS, DT)
-    elif mild(s, DT):
+def form_p(x, y, g, s, STRICT: tl.constexpr, BEFORE: tl.constexpr, LEVELS: tl.constexpr, HOW: tl.constexpr, DT: tl.constexpr):
+    """P_ij = sum over d of X_id Y_jd exp(sum of g_d over (j, i]); s is the running sum of g."""
+    if HOW == 0:
         out = lower(dot(x * since(s, g, BEFORE), tl.trans((y * tl.exp(-s)).to(DT)), DT), STRICT)
-    else:
+    elif HOW == 1:
         out = halved_p(x, y, g, STRICT, BEFORE, LEVELS, DT)
+    elif mild(s, DT):
+        out = form_p(x, y, g, s, STRICT, BEFORE, LEVELS, 0, DT)
+    else:
+        out = form_p(x, y, g, s, STRICT, BEFORE, LEVELS, 1, DT)
     return out
 
 
 @triton.jit
-def form_x(p, y, g, s, STRICT: tl.constexpr, BEFORE: tl.constexpr, LEVELS: tl.constexpr, DT: tl.constexpr):
+def form_x(p, y, g, s, STRICT: tl.constexpr, BEFORE: tl.constexpr, LEVELS: tl.constexpr, HOW: tl.constexpr, DT: tl.constexpr):
     """X_id = sum over j of P_ij Y_jd exp(sum of g_d over (j, i])."""
-    if tl.float32 == DT:
-        out = halved_x(p, y, g, STRICT, BEFORE, LEVELS, DT)
-    elif mild(s, DT):
+    if HOW == 0:
         out = since(s, g, BEFORE) * dot(lower(p, STRICT), y * tl.exp(-s), DT)
-    else:
+    elif HOW == 1:
         out = halved_x(p, y, g, STRICT, BEFORE, LEVELS, DT)
-    return out
-
-
-@triton.jit
-def form_y(p, x, g, s, STRICT: tl.constexpr, BEFORE: tl.constexpr, LEVELS: tl.constexpr, DT: tl.constexpr):
-    """Y_jd = sum over i of P_ij X_id exp(sum of g_d over (j, i])."""
-    if tl.float32 == DT:
-        out = halved_y(p, x, g, STRICT, BEFORE, LEVELS, DT)
     elif mild(s, DT):
-        out = tl.exp(-s) * dot(tl.trans(lower(p, STRICT).to(DT)), x * since(s, g, BEFORE), DT)
+        out = form_x(p, y, g, s, STRICT, BEFORE, LEVELS, 0, DT)
     else:
+        out = form_x(p, y, g, s, STRICT, BEFORE, LEVELS, 1, DT)
+    return out
+
+
+@triton.jit
+def form_y(p, x, g, s, STRICT: tl.constexpr, BEFORE: tl.constexpr, LEVELS: tl.constexpr, HOW: tl.constexpr, DT: tl.constexpr):
+    """Y_jd = sum over i of P_ij X_id exp(sum of g_d over (j, i])."""
+    if HOW == 0:
+        out = tl.exp(-s) * dot(tl.trans(lower(p, STRICT).to(DT)), x * since(s, g, BEFORE), DT)
+    elif HOW == 1:
         out = halved_y(p, x, g, STRICT, BEFORE, LEVELS, DT)
-    return out
-
-
-@triton.jit
-def form_gate(p, x, y, g, s, STRICT: tl.constexpr, BEFORE: tl.constexpr, LEVELS: tl.constexpr, DT: tl.constexpr):
-    """dg_l = sum over the pairs j < l <= i (l < i when `before`) of P X Y and their decay."""
-    _, _, out = form_all(p, x, y, g, s, STRICT, BEFORE, LEVELS, DT)
-    return out
-
-
-@triton.jit
-def form_all(p, x, y, g, s, STRICT: tl.constexpr, BEFORE: tl.constexpr, LEVELS: tl.constexpr, DT: tl.constexpr):
-    """`form_x`, `form_y` and `form_gate` of the same operands at once."""
-    if tl.float32 == DT:
-        dx, dy, dg = halved_all(p, x, y, g, STRICT, BEFORE, LEVELS, DT)
     elif mild(s, DT):
+        out = form_y(p, x, g, s, STRICT, BEFORE, LEVELS, 0, DT)
+    else:
+        out = form_y(p, x, g, s, STRICT, BEFORE, LEVELS, 1, DT)
+    return out
+
+
+@triton.jit
+def form_gate(p, x, y, g, s, STRICT: tl.constexpr, BEFORE: tl.constexpr, LEVELS: tl.constexpr, HOW: tl.constexpr,
+              DT: tl.constexpr):
+    """dg_l = sum over the pairs j < l <= i (l < i when `before`) of P X Y and their decay."""
+    _, _, out = form_all(p, x, y, g, s, STRICT, BEFORE, LEVELS, HOW, DT)
+    return out
+
+
+@triton.jit
+def form_all(p, x, y, g, s, STRICT: tl.constexpr, BEFORE: tl.constexpr, LEVELS: tl.constexpr, HOW: tl.constexpr,
+             DT: tl.constexpr):
+    """`form_x`, `form_y` and `form_gate` of the same operands at once."""
+    if HOW == 0:
         e = since(s, g, BEFORE)
         xe = (x * e).to(DT)
         ye = (y * tl.exp(-s)).to(DT)
@@ -338,8 +347,12 @@ def form_all(p, x, y, g, s, STRICT: tl.constexpr, BEFORE: tl.constexpr, LEVELS: 
         dg = later(up - ye.to(tl.float32) * ay, DT)
         if BEFORE:
             dg -= up
-    else:
+    elif HOW == 1:
         dx, dy, dg = halved_all(p, x, y, g, STRICT, BEFORE, LEVELS, DT)
+    elif mild(s, DT):
+        dx, dy, dg = form_all(p, x, y, g, s, STRICT, BEFORE, LEVELS, 0, DT)
+    else:
+        dx, dy, dg = form_all(p, x, y, g, s, STRICT, BEFORE, LEVELS, 1, DT)
     return dx, dy, dg
 
 

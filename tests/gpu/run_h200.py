@@ -170,15 +170,17 @@ def worker(name: str, until: float, full: bool) -> None:
         print(json.dumps(row), flush=True)
 
 
-WHOLE = [{"num_warps": w, "num_stages": s} for w, s in ((4, 1), (8, 1), (8, 2))]
-SPLIT = [(4, 32, 2), (4, 64, 1), (4, 64, 2), (8, 64, 2), (8, 128, 1), (8, 128, 2)]
+WHOLE = [{"num_warps": w, "num_stages": s} for w, s in ((4, 1), (8, 1))]
+SPLIT = [(4, 32, 1), (4, 32, 2), (4, 64, 1), (4, 64, 2), (8, 128, 2)]
 
 
 def candidates(k: Any) -> list[dict[str, int]]:
+    if k.how == "slow":
+        return [{}]
     if k.split is None:
         return WHOLE
     block = "BV" if k.split == "V" else "BK"
-    return [{"num_warps": w, block: n, "num_stages": s} for w, n, s in SPLIT if k.scan or s < 3]
+    return [{"num_warps": w, block: n, "num_stages": s} for w, n, s in SPLIT if (s == 2) == k.scan]
 
 
 def launches(name: str, schedule: str, b: int, t: int, h: int) -> list[tuple[Any, Any]]:

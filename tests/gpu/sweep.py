@@ -52,11 +52,27 @@ def compile_one(job: tuple[str, str, int, str, dict[str, int]]) -> str:
     run, k = prepared(name, schedule, chunk, "tiny")[kernel]
     run.compiled.plans[k.name] = plan
     try:
-        run.kernel(k)
-        torch.cuda.synchronize()
+        programs, args = run.arguments(k)
+        made = run.compiled.functions[k.name].warmup(grid=(programs,), **args)
+        if made.metadata.shared > 232448:
+            return f"{job}: {made.metadata.shared} bytes of shared memory"
     except Exception as e:
         return f"{job}: {str(e)[-120:]}"
     return ""
+
+
+def time_all(group: list[tuple[str, str, int, str, dict[str, int]]], shapes: list[str]) -> list[Any]:
+    """The times of one method's candidates; what is measured before a crash is lost with it."""
+    rows = []
+    for shape in shapes:
+        for name, schedule, chunk, kernel, plan in group:
+            run, k = prepared(name, schedule, chunk, shape)[kernel]
+            run.compiled.plans[k.name] = plan
+            took = milliseconds(lambda run=run, k=k: run.kernel(k), 5)
+            rows.append((shape, name, schedule, chunk, kernel, took, plan))
+        prepared.cache_clear()
+        torch.cuda.empty_cache()
+    return rows
 
 
 def main() -> None:
@@ -79,25 +95,24 @@ def main() -> None:
         futures = {pool.submit(compile_one, j): i for i, j in enumerate(jobs)}
         try:
             for f in as_completed(futures, timeout=a.seconds):
-                done.add(futures[f])
-                failed += [f.result()] if f.result() else []
+                if f.result():
+                    failed.append(f.result())
+                else:
+                    done.add(futures[f])
         except TimeoutError:
             print("compiling stopped at the limit")
             for process in pool._processes.values():
                 process.kill()
     print(f"{len(done)} of {len(jobs)} compiled in {time.time() - begin:.0f} s; failed: {len(failed)}", *failed[:4], sep="\n")
     rows = []
-    for shape in a.shapes.split(","):
-        for i, (name, schedule, chunk, kernel, plan) in enumerate(jobs):
-            if i in done:
-                run, k = prepared(name, schedule, chunk, shape)[kernel]
-                run.compiled.plans[k.name] = plan
-                try:
-                    rows.append((shape, name, schedule, chunk, kernel, milliseconds(lambda run=run, k=k: run.kernel(k), 5), plan))
-                except Exception:
-                    continue
-        prepared.cache_clear()
-        torch.cuda.empty_cache()
+    good = [j for i, j in enumerate(jobs) if i in done]
+    for key, group in itertools.groupby(good, key=lambda j: j[:4]):
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            try:
+                rows += pool.submit(time_all, list(group), a.shapes.split(",")).result(timeout=60)
+            except Exception as e:
+                print(*key, "failed:", str(e)[:80])
+    rows.sort(key=lambda r: (r[0], r[1], r[2], r[3]))
     Path(a.out).write_text(json.dumps(rows))
     total: dict[tuple[str, str, str, int], list[float]] = {}
     for key, group in itertools.groupby(rows, key=lambda r: r[:5]):
