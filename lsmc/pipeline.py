@@ -18,6 +18,7 @@ from lsmc.adjoint import differentiate
 from lsmc.canonical import Canonical
 from lsmc.chunk import derive
 from lsmc.errors import LsmOptionError
+from lsmc.factors import hoist
 from lsmc.ir import Program
 from lsmc.lowering.plan import Direction, Plan
 from lsmc.schedules import CUTS, Choice, Shape, choose
@@ -62,8 +63,9 @@ def compile_plan(canonical: Canonical, options: Options, shape: Shape = TYPICAL)
         raise LsmOptionError(f"chunk={options.chunk}: chunk lengths are powers of two", help="use 16, 32, 64 or 128")
     if options.schedule is not None and options.schedule not in CUTS:
         raise LsmOptionError(f"schedule={options.schedule!r} is not known", help=f"one of {', '.join(CUTS)}")
-    forward = _log("chunk", derive(canonical, options.scale))
-    backward = _log("backward", differentiate(forward))
+    chunk = derive(canonical, options.scale)
+    forward = _log("chunk", hoist(chunk))
+    backward = _log("backward", hoist(differentiate(chunk)))
     cuts = tuple(CUTS[n] for n in CUTS if options.schedule in (None, n))
 
     def direction(program: Program, stage: str) -> Direction:
