@@ -90,12 +90,10 @@ def call(declaration: LSM, *, initial_state: State | None = None, return_final_s
             if tensors[name].dtype != torch.float64:
                 tensors[name] = tensors[name].to(dtype)
         v = tensors[casts[-1]]
-    target_minimum = 1 if v.device.type == "cpu" and backend("cpu") == "aten" else 16
+    target_minimum, usual = (1, CHUNK // 2) if backend(v.device.type) == "aten" else (16, CHUNK)
     tokens = v.shape[1]
-    if chunk is None:
-        chunk = CHUNK
-        if not tracing:
-            chunk = max(target_minimum, min(CHUNK, _class(tokens)))
+    if chunk is None:  # ATen works through whole (T, T) tiles, half of which is masked: shorter chunks waste less
+        chunk = usual if tracing else max(target_minimum, min(usual, _class(tokens)))
     sizes = None
     if not tracing:
         sizes = (_class(v.shape[0] * v.shape[2]), _class(tokens), _class(tensors[casts[0]].shape[-1]), _class(v.shape[-1]))
