@@ -213,7 +213,7 @@ def _hugging_face(config: DataConfig) -> tuple[list[bytes], list[bytes], str]:
     except ImportError as error:
         raise LsmDataError(
             f"DataConfig.source = {config.source!r} needs the package datasets\n"
-            "help: pip install 'lsmc[data]'"
+            "help: pip install datasets (lsmc's extra `data`)"
         ) from error
     try:
         stream = datasets.load_dataset(name, config.subset or None, split=config.split, streaming=True)

@@ -75,7 +75,7 @@ def readme_method(folder: Path) -> str:
 def demo(config: DemoConfig) -> Path:
     """Run it; returns the report's path."""
     started = time.perf_counter()
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     torch.set_num_threads(min(torch.get_num_threads(), os.cpu_count() or 1))
 
     method = config.lsm or readme_method(config.out)
@@ -87,7 +87,8 @@ def demo(config: DemoConfig) -> Path:
         console.print(textwrap.indent(Path(method.rpartition(":")[0]).read_text(), "  "), markup=False)
     stages = compiled_stages(declaration)
     for name, text in stages.items():
-        lines = text.rstrip().splitlines()
+        # Source starts with the program that it was generated from, which an earlier stage has shown.
+        lines = re.sub(r'""".*?"""\s*', "", text, count=1, flags=re.DOTALL).strip().splitlines()
         more = f"\n… {len(lines) - SHOWN_LINES} more lines" if len(lines) > SHOWN_LINES else ""
         console.print(f"[bold cyan]{name}[/]")
         console.print(textwrap.indent("\n".join(lines[:SHOWN_LINES]) + more, "  "), markup=False)

@@ -218,7 +218,7 @@ def test_a_data_set_of_the_hub_is_read_as_a_stream(monkeypatch: pytest.MonkeyPat
 
 def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(LsmDataError, match=r"lsmc\[data\]"):
+    with pytest.raises(LsmDataError, match="pip install datasets"):
         data.load(DataConfig(source="hf:some/text"))
 
 
