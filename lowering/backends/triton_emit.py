@@ -408,7 +408,7 @@ class _Writer:
         masks = [f"inc{k}"] if k != "1" else []
         at = f"o_{name}"
         if op.id in self.part:  # every block stores its share
-            at += f" + block.to(tl.int64) * ({'B * T' if r == 'T' else 'CHUNKS'} * HV{size})"
+            at += f" + block.to(tl.int64) * {'B * T' if r == 'T' else 'CHUNKS'} * HV{size}"
         elif self.split and self.split != k:  # every block computes it: the first stores it
             masks.append("(block == 0)")
         if r == "T":

@@ -95,6 +95,16 @@ def test_kernels_hold_16_bit_tolerances(interpreter: Workers, name: str) -> None
     interpreter.run(Job(name, case, "fused", "float16"), Job(name, case, "two_pass", "float16", gates="float32"))
 
 
+@pytest.mark.parametrize("name", GATED)
+def test_16_bit_kernels_hold_for_every_range_of_gates(interpreter: Workers, name: str) -> None:
+    """Where mild decays allow a faster way, chunks of mild and of strong decays lie in one launch; chunks of full length."""
+    case = dataclasses.replace(SMALL, time=68, groups=1, key_dim=16, value_dim=16, chunk=64)
+    short = dataclasses.replace(case, time=40, chunk=16, cuts=(7, 7, 30))
+    jobs = [Job(name, dataclasses.replace((case, short)[n % 2], gates=g), list(CUTS)[n // 2 % 2], "float16",
+                gates=("", "float32")[n % 3 % 2]) for n, g in enumerate(GATES)]
+    interpreter.run(*jobs)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_kernels_run_on_no_token_one_token_and_one_token_repeated(interpreter: Workers, name: str) -> None:
     none, one = dataclasses.replace(SMALL, time=0), dataclasses.replace(SMALL, time=1, batch=2, defaults=True, initial_state=False)

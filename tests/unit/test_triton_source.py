@@ -1,0 +1,81 @@
+"""What can be read off the generated Triton kernels without running them."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from lsmc import zoo
+from lsmc.lsm import LSM
+from lsmc.pipeline import Options, compile_plan
+from lsmc.schedules import CUTS
+from tests.declarations import Drawn
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+
+SIZES = {"B", "T", "HV", "COUNT", "CHUNKS"}
+"""Sizes that are known at launch only, int32 in a kernel: the product of two of them may exceed 2^31."""
+
+DECLARATIONS = [getattr(zoo, n) for n in zoo.names()] + [
+    Drawn("two-sided", "none", "softmax", "sigmoid", "two writes", "two queries").declaration(),
+    Drawn("scalar", "both", "silu", "plain", "a write per head", "gated").declaration(),
+    Drawn("vector per head", "none", "exp", "softmax", "strength", "normaliser").declaration()]
+
+
+def sources(method: LSM) -> Iterator[str]:
+    for schedule in CUTS:
+        plan = compile_plan(method.canonical, Options(schedule=schedule, target="triton"))
+        for direction in (plan.forward, plan.backward):
+            executable: Any = direction.executable
+            yield executable.source
+
+
+def narrow_products(source: str) -> list[str]:
+    """Products of two sizes that are made in 32 bits."""
+    found = []
+    for function in (n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef)):
+        long: set[str] = set()
+
+        def wide(e: ast.AST, long: set[str] = long) -> bool:
+            if isinstance(e, ast.Call) and isinstance(e.func, ast.Attribute) and e.func.attr == "to":
+                return "int64" in ast.unparse(e.args[0])
+            if isinstance(e, ast.BinOp):
+                return wide(e.left) or wide(e.right)
+            return isinstance(e, ast.Name) and e.id in long
+
+        for e in ast.walk(function):
+            if isinstance(e, ast.Assign) and isinstance(e.targets[0], ast.Name) and wide(e.value):
+                long.add(e.targets[0].id)
+        for e in ast.walk(function):
+            if isinstance(e, ast.BinOp) and isinstance(e.op, ast.Mult) and not wide(e):
+                if sum(isinstance(n, ast.Name) and n.id in SIZES for n in ast.walk(e)) > 1:
+                    found.append(f"{function.name}: {ast.unparse(e)}")
+    return found
+
+
+def test_a_product_of_sizes_in_32_bits_is_found() -> None:
+    assert narrow_products("def f(B, T, HV, block):\n    x = o + block.to(tl.int64) * (B * T * HV)\n") != []
+    assert narrow_products("def f(B, T, HV, block):\n    x = o + block.to(tl.int64) * B * T * HV\n    y = x * T * B\n") == []
+
+
+@pytest.mark.parametrize("method", DECLARATIONS, ids=lambda m: m.name)
+def test_offsets_reach_beyond_2_to_the_31(method: LSM) -> None:
+    """Tensors of more than 2^31 elements: whatever multiplies two sizes starts from an int64."""
+    for source in sources(method):
+        assert narrow_products(source) == []
+
+
+@pytest.mark.parametrize("method", DECLARATIONS, ids=lambda m: m.name)
+def test_sizes_that_change_between_calls_compile_no_kernel_anew(method: LSM) -> None:
+    """T, and what follows from it, are arguments that Triton does not specialise for values such as 1 and 16."""
+    for source in sources(method):
+        for function in (n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef)):
+            runtime = {a.arg for a in function.args.args if a.annotation is None} & SIZES
+            keyword = function.decorator_list[0].keywords[0]  # type: ignore[attr-defined]
+            assert keyword.arg == "do_not_specialize"
+            assert runtime <= set(ast.literal_eval(keyword.value)), function.name
+            assert "T" in runtime
