@@ -61,11 +61,11 @@ def readme_method(folder: Path) -> str:
     """The README's example, written to ``folder/my_method.py``, as ``FILE.py:NAME``."""
     readme = Path(__file__).resolve().parents[1] / "README.md"
     if not readme.is_file():
-        raise LsmConfigError("the README is not beside the package\nhelp: name a method, for example --lsm gla")
+        raise LsmConfigError("the README is not beside the package\nhelp: name a method with --lsm")
     code = re.search(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
     name = re.search(r"^(\w+) = LSM\(", code[1], re.MULTILINE) if code else None
     if code is None or name is None:
-        raise LsmConfigError(f"{readme} declares no method\nhelp: name one, for example --lsm gla")
+        raise LsmConfigError(f"{readme} declares no method\nhelp: name one with --lsm")
     path = folder.resolve() / "my_method.py"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(code[1])
