@@ -70,6 +70,8 @@ def _pullback(b: Builder, op: Op, d: int) -> list[tuple[int, int]]:
             ta, tb = op.attr("ta"), op.attr("tb")
             dx = b.matmul(y, d, ta=tb, tb=True) if ta else b.matmul(d, y, tb=not tb)
             dy = b.matmul(d, x, ta=True, tb=ta) if tb else b.matmul(x, d, ta=not ta)
+            if b.ops[x].kind == "inverse" and not ta:  # U = (I + L)⁻¹ B: dB = (I + L)⁻ᵀ dU and dL = −dB Uᵀ
+                return [(y, dy), (b.ops[x].args[0], b.mask(b.map(-operand(0), b.matmul(dy, op.id, tb=True)), strict=True))]
             return [(x, dx), (y, dy)]
         case "inverse":  # d(I + L)⁻¹ = −A dL A, kept strictly lower
             right = b.matmul(d, op.id, tb=True)

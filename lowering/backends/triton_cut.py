@@ -136,14 +136,14 @@ def _taken(program: Program, piece: Piece) -> set[int]:
 
 
 def through(program: Program, k: Kernel) -> set[int]:
-    """What a scan reads out of its memory over K, per token: later kernels that take it contract K no more."""
+    """What a scan works out from its memory for each token and value: later kernels that take it contract K no more."""
     body = program.ancestors(roots(program, Kernel(k.name, k.carries, (), ()))) if k.carries else []
     inside = {c.inp for c in program.carries if c.name in k.carries}
     out = set[int]()
     for op in body:
         if inside & set(op.args):
             inside.add(op.id)
-            if op.kind == "matmul" and op.dims == ("T", "V") and set(op.args) & {c.inp for c in program.carries}:
+            if op.dims == ("T", "V"):
                 out.add(op.id)
     return out
 

@@ -170,17 +170,18 @@ def worker(name: str, until: float, full: bool) -> None:
         print(json.dumps(row), flush=True)
 
 
-WHOLE = [{"num_warps": w, "num_stages": s} for w, s in ((4, 1), (8, 1))]
-SPLIT = [(4, 32, 1), (4, 32, 2), (4, 64, 1), (4, 64, 2), (8, 128, 2)]
+WHOLE = [{"num_warps": 8}, {"num_warps": 4}, {"num_warps": 8, "maxnreg": 128}, {"num_warps": 4, "maxnreg": 168}]
+SPLIT = [{"num_warps": 4, "block": 64}, {"num_warps": 4, "block": 32}, {"num_warps": 4, "block": 32, "maxnreg": 168},
+         {"num_warps": 4, "block": 64, "maxnreg": 168}]
 
 
 def candidates(k: Any) -> list[dict[str, int]]:
-    if k.how == "slow":
+    """Plans to try for one kernel, over the default one."""
+    if k.scan:
         return [{}]
     if k.split is None:
         return WHOLE
-    block = "BV" if k.split == "V" else "BK"
-    return [{"num_warps": w, block: n, "num_stages": s} for w, n, s in SPLIT if (s == 2) == k.scan]
+    return [{f"B{k.split}" if n == "block" else n: x for n, x in plan.items()} for plan in SPLIT]
 
 
 def launches(name: str, schedule: str, b: int, t: int, h: int) -> list[tuple[Any, Any]]:
