@@ -72,6 +72,6 @@ def compile_graph(module: GraphModule, example_inputs: Sequence[Any], disable: S
         if name in disable:
             log.info("%s: switched off", name)
             continue
-        for change in run(module):
+        for change in run(module) or ["nothing to change"]:
             log.info("%s: %s", name, change)
     return compile_fx(module, list(example_inputs))

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from lsmc import inputs as checks
-from lsmc.errors import LsmMissingInputError, LsmOptionError, here
+from lsmc.errors import (
+    LsmError,
+    LsmMissingInputError,
+    LsmOptionError,
+    LsmShapeError,
+    LsmUnexpectedInputError,
+    here,
+)
 from lsmc.lowering import ops
 from lsmc.lowering.inductor import PASSES, compile_graph, constant
 from lsmc.lowering.plan import backend
@@ -28,6 +35,12 @@ def _signature(key: str) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
     c = declared(key).canonical
     casts = tuple(f.name for f in c.inputs if f.name in ("q", "k", "v"))
     return tuple(f.name for f in c.inputs), casts, c.normalizer
+
+
+@constant
+def _shapes(key: str) -> tuple[tuple[str, ...], ...]:
+    """The named dimensions of each input: ("B", "T", "HV", "V")."""
+    return tuple(checks.parts(f, step=False) for f in declared(key).canonical.inputs)
 
 
 @constant
@@ -55,6 +68,12 @@ def _spec_of(key: str, device: str, options: tuple[Any, ...], sizes: tuple[int, 
 def _spec(key: str, device: str, scale: float, chunk: int, schedule: str | None,
           sizes: tuple[int, ...] | None) -> str:
     return _spec_of(key, device, (scale, chunk, schedule), sizes)
+
+
+def _refuse(kind: type[LsmError], rule: str) -> None:
+    """Raise a mistake that was met while tracing: outside of the graph, or as the reason why there is none."""
+    torch._dynamo.graph_break(msg=rule)
+    raise kind(rule)
 
 
 def _class(n: int) -> int:
@@ -113,14 +132,28 @@ def call(declaration: LSM, *, initial_state: State | None = None, return_final_s
 
 
 def _bind_traced(declaration: LSM, names: tuple[str, ...], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The inputs in order, defaults filled in; shapes are checked by the operators that are traced next."""
+    """The inputs in order, defaults filled in.
+
+    Comparing the sizes tells the tracer that they are one symbol: inputs that come with a symbolic T each would otherwise
+    be guarded, and traced again, for every way in which their lengths could differ.
+    """
     optional = _optional(declaration.key)
     tensors: dict[str, Tensor] = {}
-    for name in names:
-        if inputs.get(name) is not None:
-            tensors[name] = inputs[name]
+    sizes: dict[str, int] = {}
+    for name, parts in zip(names, _shapes(declaration.key)):
+        x = inputs.get(name)
+        if x is not None:
+            if x.dim() != len(parts):
+                _refuse(LsmShapeError, f"{name!r} must have the dimensions ({', '.join(parts)})")
+            for part, size in zip(parts, x.shape):
+                if sizes.setdefault(part, size) != size:
+                    _refuse(LsmShapeError, f"{name!r} has another {part} than the inputs before it")
+            tensors[name] = x
         elif name not in optional:
-            raise LsmMissingInputError(f"{declaration.name} needs the input {name!r}")
+            _refuse(LsmMissingInputError, f"{declaration.name} needs the input {name!r}")
+    for name in inputs:
+        if name not in names:
+            _refuse(LsmUnexpectedInputError, f"{declaration.name} has no input {name!r}; it takes {', '.join(names)}")
     like = tensors["v"] if "v" in tensors else next(iter(tensors.values()))
     for name in names:
         if name not in tensors:

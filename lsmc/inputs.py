@@ -83,13 +83,13 @@ def bind(
     found: dict[str, tuple[int, str]] = {}  # size → (value, the input that fixed it)
     for name, symbol in known.items():
         if name in given:
-            parts = _parts(symbol, step)
-            if given[name].dim() != len(parts):
+            names = parts(symbol, step)
+            if given[name].dim() != len(names):
                 raise LsmShapeError(
                     f"{name!r} has shape {tuple(given[name].shape)}; it must be {_shape(symbol, step)}", where=here(),
-                    help=f"{len(parts)} dimensions, not {given[name].dim()}",
+                    help=f"{len(names)} dimensions, not {given[name].dim()}",
                 )  # fmt: skip
-            for part, size in zip(parts, given[name].shape, strict=True):
+            for part, size in zip(names, given[name].shape, strict=True):
                 value, by = found.setdefault(part, (size, name))
                 if value != size:
                     raise LsmShapeError(
@@ -135,7 +135,8 @@ def bind(
     return tensors, sizes
 
 
-def _parts(symbol: Field, step: bool) -> tuple[str, ...]:
+def parts(symbol: Field, step: bool) -> tuple[str, ...]:
+    """The named dimensions of an input, in order; tokens lack T in one `step`."""
     lead = ("B",) if step else ("B", "T")
     return (*(lead if symbol.per == "token" else ()), symbol.heads, *symbol.dims)
 

@@ -133,11 +133,9 @@ class Compiled:
         for name, i in self.program.outputs:
             r, c = self.program.index[i].dims
             tile = full(raw[name])
-            if r == "T":
-                out = grid.untile(tile)
-            else:
-                out = tile.sum((0, 2)).reshape(heads, -1)
-            outputs[name] = out.squeeze(-1) if c == "1" else out
+            if c == "1":  # before tokens are cut off: a tracer asks of 4 dimensions whether any T makes them contiguous
+                tile = tile.squeeze(-1)
+            outputs[name] = grid.untile(tile) if r == "T" else tile.sum((0, 2)).squeeze(1)
         ends = {c.name: raw[f"end_{c.name}"] for c in self.program.carries if f"end_{c.name}" in raw}
         return outputs, ends
 

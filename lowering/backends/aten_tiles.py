@@ -332,8 +332,8 @@ class Dense:
         return x.unflatten(1, (self.n, self.c)).permute(0, 3, 1, 2, 4).contiguous()
 
     def untile(self, x: Tensor) -> Tensor:
-        """(B, H, N, C, D) → (B, T, H, D)."""
-        return x.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, : self.t]
+        """(B, H, N, C, …) → (B, T, H, …)."""
+        return x.movedim(1, 3).flatten(1, 2)[:, : self.t]
 
     def valid(self, x: Tensor) -> Tensor:
         return x if self.full else torch.where(self.rows, x, torch.zeros_like(x))
@@ -369,4 +369,4 @@ class Packed(Dense):
         return x[:, self.index].permute(0, 3, 1, 2, 4).contiguous()
 
     def untile(self, x: Tensor) -> Tensor:
-        return x.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, self.place]
+        return x.movedim(1, 3).flatten(1, 2)[:, self.place]
