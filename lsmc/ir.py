@@ -27,7 +27,7 @@ Operations, with rows i, j and columns d:
 | `form{wrt,strict,before}`, `form_gate` | the partial derivatives of the decay form, below |
 | `between{strict,before}` | D_ij = exp(sum of g over (j, i]), masked; `before` leaves out g_i: (j, i) |
 | `between_grad{before}` | its transpose: dg_l = sum of W_ij over the pairs whose interval holds l |
-| `solve{trans}`, `inverse` | (I + L)⁻¹ B or (I + L)⁻ᵀ B, and (I + L)⁻¹, for strictly lower L |
+| `inverse` | (I + L)⁻¹ for strictly lower L |
 
 **The decay form.** F(P, X, Y, g) = Σ_{j<i} Σ_d P_ij X_id Y_jd exp(Σ_{l in (j, i]} g_ld) is linear in P, X and Y. The
 decay-weighted product is ∂F/∂P, its application to values ∂F/∂X, the reverse application ∂F/∂Y and the gate gradient
@@ -39,9 +39,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from tokenize import TokenError
 from typing import Any
 
 import sympy
+from sympy.core.parameters import distribute
 
 from lsmc.errors import LsmError
 from lsmc.functions import FUNCTIONS, exp
@@ -57,7 +59,15 @@ DIMS = ("T", "K", "V", "1")
 KINDS: dict[str, tuple[int, ...]] = {  # kind -> permitted operand counts
     "input": (0,), "map": tuple(range(17)), "expand": (1,), "transpose": (1,), "matmul": (2,), "sum": (1,), "max": (1,),
     "cumsum": (1,), "mask": (1,), "valid": (1,), "form": (3,), "form_gate": (4,), "between": (1,), "between_grad": (1,),
-    "solve": (2,), "inverse": (1,),
+    "inverse": (1,),
+}
+_FLAG = (True, False)
+ATTRS: dict[str, dict[str, tuple[Any, ...]]] = {  # kind -> its attributes and their permitted values (any, if none is listed)
+    "input": {"name": (), "role": ("token", "head", "carry")}, "map": {"expr": ()}, "matmul": {"ta": _FLAG, "tb": _FLAG},
+    "sum": {"axis": (0, 1)}, "max": {"axis": (0, 1)}, "cumsum": {"reverse": _FLAG, "exclusive": _FLAG},
+    "mask": {"strict": _FLAG}, "form": {"wrt": ("P", "X", "Y"), "strict": _FLAG, "before": _FLAG},
+    "form_gate": {"strict": _FLAG, "before": _FLAG}, "between": {"strict": _FLAG, "before": _FLAG},
+    "between_grad": {"before": _FLAG},
 }
 
 
@@ -252,6 +262,14 @@ def broadcast(*dims: Dims) -> Dims:
     return (out[0], out[1])
 
 
+def _fits(result: Dims, *operands: Dims) -> bool:
+    """Whether `result` is the broadcast of the operands."""
+    try:
+        return broadcast(*operands) == result
+    except LsmIRError:
+        return False
+
+
 def verify(program: Program) -> Program:
     """Check that a program is well formed: single assignment, known kinds, matching dimensions, carries that close.
 
@@ -268,13 +286,17 @@ def verify(program: Program) -> Program:
         need(len(op.args) in KINDS[op.kind], f"{op.kind} takes {KINDS[op.kind]} operands")
         need(all(a in seen for a in op.args), "uses a value before it is defined")
         need(all(d in DIMS for d in op.dims), f"dimensions are named {DIMS}")
+        attrs, known = dict(op.attrs), ATTRS.get(op.kind, {})
+        need(set(attrs) == set(known), f"{op.kind} has the attributes {{{', '.join(known)}}}")
+        for key, values in known.items():
+            need(not values or attrs[key] in values, f"{key} is one of {', '.join(map(str, values))}")
         a = [seen[x].dims for x in op.args]
         match op.kind:
             case "map":
                 expr = op.attr("expr")
                 free = {str(s) for s in expr.free_symbols}
                 need(free <= {f"x{i}" for i in range(len(a))}, "expression uses an operand that is not there")
-                need(broadcast(*a) == op.dims, "result is not the broadcast of the operands")
+                need(_fits(op.dims, *a), "result is not the broadcast of the operands")
             case "matmul":
                 inner = a[0][0 if op.attr("ta") else 1], a[1][1 if op.attr("tb") else 0]
                 outer = a[0][1 if op.attr("ta") else 0], a[1][0 if op.attr("tb") else 1]
@@ -283,7 +305,7 @@ def verify(program: Program) -> Program:
                 want = ("1", a[0][1]) if op.attr("axis") == 0 else (a[0][0], "1")
                 need(op.dims == want, "result must lose the summed dimension")
             case "expand":
-                need(broadcast(a[0], op.dims) == op.dims, "cannot expand to these dimensions")
+                need(_fits(op.dims, a[0], op.dims), "cannot expand to these dimensions")
             case "transpose":
                 need(op.dims == (a[0][1], a[0][0]), "result must be transposed")
             case "cumsum" | "valid":
@@ -294,16 +316,30 @@ def verify(program: Program) -> Program:
                 need(a[0] == ("T", "1") and op.dims == ("T", "T"), "maps (T, 1) to (T, T)")
             case "between_grad":
                 need(a[0] == ("T", "T") and op.dims == ("T", "1"), "maps (T, T) to (T, 1)")
-            case "form":
-                need(op.attr("wrt") in ("P", "X", "Y"), "wrt is P, X or Y")
-                need(a[-1][0] == "T" and a[-1][1] in ("K", "V"), "the decay is a (T, K) or (T, V) tile")
+            case "form" | "form_gate":
+                given = "PXY".replace(op.attr("wrt"), "") if op.kind == "form" else "PXY"
+                wide = a[-1]
+                need(wide in (("T", "K"), ("T", "V")), "the decay is a (T, K) or (T, V) tile")
+                need(all(x == (("T", "T") if n == "P" else wide) for n, x in zip(given, a)),
+                     f"{', '.join(given)} are a (T, T) tile for P and tiles like the decay for X and Y")
+                need(op.dims == (("T", "T") if op.kind == "form" and op.attr("wrt") == "P" else wide),
+                     "the result has the dimensions of what it is derived by")
         seen[op.id] = op
     for c in program.carries:
+        where = f"in program {program.name}, {c}:"
+        if c.inp not in seen or c.out not in seen:
+            raise LsmIRError(f"{where} uses a value that is not defined")
+        if dict(seen[c.inp].attrs).get("role") != "carry":
+            raise LsmIRError(f"{where} the memory before the chunk is an input with role=carry")
         if seen[c.inp].dims != seen[c.out].dims:
-            raise LsmIRError(f"in program {program.name}, {c}: the memory changes its dimensions")
+            raise LsmIRError(f"{where} the memory changes its dimensions")
     for name, i in program.outputs:
         if i not in seen:
             raise LsmIRError(f"in program {program.name}, output {name} is undefined")
+    for kind, names in (("carry", [c.name for c in program.carries]), ("output", [n for n, _ in program.outputs])):
+        for name in names:
+            if names.count(name) > 1:
+                raise LsmIRError(f"in program {program.name}, {kind} {name} is there twice")
     return program
 
 
@@ -317,7 +353,7 @@ def prune(program: Program) -> Program:
     return Program(program.name, ops, carries, tuple((n, new[i]) for n, i in program.outputs))
 
 
-_OP = re.compile(r"%(\d+): \((\w),(\w)\) = (\w+)\(([^()]*)\)(?:\{(.*)\})?$")
+_OP = re.compile(r"%(\d+): \((\w),(\w)\) = (\w+)\(((?:%\d+(?:, ?%\d+)*)?)\)(?:\{(.*)\})?$")
 _ATOM = re.compile(r"(\w+)=(.*)")
 _SAFE = re.compile(r"[\w\s.+\-*/(),]*$")
 
@@ -332,7 +368,7 @@ def parse(text: str) -> Program:
     outputs: list[tuple[str, int]] = []
     for line in lines[1:]:
         if m := _OP.match(line):
-            args = tuple(int(a.strip()[1:]) for a in m[5].split(",") if a.strip())
+            args = tuple(map(int, re.findall(r"\d+", m[5])))
             ops.append(Op(int(m[1]), (m[2], m[3]), m[4], args, _parse_attrs(m[6] or "", line)))
         elif m := re.match(r"carry (\w+): %(\d+) -> %(\d+)( reverse)?$", line):
             carries.append(Carry(m[1], int(m[2]), int(m[3]), bool(m[4])))
@@ -360,8 +396,15 @@ def parse_expr(text: str, line: str = "") -> sympy.Expr:
     """An elementwise expression from text made of numbers, x0…, + - * / ** and the functions of `lsmc.functions`."""
     names = set(re.findall(r"[A-Za-z_]\w*", text))
     table = {name: spec.cls for name, spec in FUNCTIONS.items()} | {"sqrt": sympy.sqrt}
-    unknown = {n for n in names if n not in table and not re.fullmatch(r"x\d+|e\d*", n)}
-    if unknown or not _SAFE.match(text) or "__" in text:
-        raise LsmIRError(f"unknown name {sorted(unknown)} in expression {text!r} of\n    {line}")
     scope: dict[str, Any] = {**table, **{f"x{i}": operand(i) for i in range(16)}}
-    return sympy.sympify(sympy.parse_expr(text, local_dict=scope))
+    unknown = {n for n in names if n not in scope}
+    if unknown or not _SAFE.match(text):
+        raise LsmIRError(f"unknown name {sorted(unknown)} in expression {text!r} of\n    {line}")
+    try:
+        with distribute(False):  # c*(a + b) is what was printed, not c*a + c*b
+            expr = sympy.parse_expr(text, local_dict=scope)
+    except (SyntaxError, TypeError, ValueError, AttributeError, IndexError, TokenError):
+        expr = None
+    if not isinstance(expr, sympy.Expr):
+        raise LsmIRError(f"{text!r} is no expression, in\n    {line}")
+    return expr
