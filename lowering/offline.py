@@ -57,7 +57,8 @@ def _one(compiled: Compiled, k: Emitted, key: int, value: int, chunk: int, dtype
     types = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
     plan = dict(plan)
     options = {o: plan.pop(o) for o in ("num_warps", "num_stages")}
-    constants: dict[str, Any] = {"C": chunk, "LEVELS": chunk.bit_length() - 1, "K": key, "V": value, "PACKED": False, "HOW": 0 if k.how in ("first", "fast") else 1 if k.how else 2,
+    constants: dict[str, Any] = {"C": chunk, "LEVELS": chunk.bit_length() - 1, "K": key, "V": value, "PACKED": False,
+                                 "HOW": {"first": 0, "fast": 0, "slow": 1}.get(k.how, 2),
                                  "DT": types[dtype], **plan}
     signature: dict[str, str] = {}
     attrs: dict[tuple[int, ...], list[list[Any]]] = {}

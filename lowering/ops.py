@@ -71,7 +71,8 @@ def fwd(inputs: Sequence[Tensor], start: Sequence[Tensor], cu_seqlens: Tensor | 
     with _as_given(v.device):
         outputs, ends = plan.forward.executable.launch(
             dict(zip(plan.inputs, inputs, strict=True)), dict(zip(plan.carries, start, strict=True)), plan.chunk, cu_seqlens)
-    return [_own(outputs["o"].to(v.dtype)), *(_own(ends[c]) for c in plan.carries)]
+    own = _contiguous if plan.forward.executable.fresh else _own
+    return [own(outputs["o"].to(v.dtype)), *(own(ends[c]) for c in plan.carries)]
 
 
 @triton_op("lsmc::bwd", mutates_args={})
@@ -87,13 +88,13 @@ def bwd(inputs: Sequence[Tensor], start: Sequence[Tensor], cu_seqlens: Tensor | 
     with _as_given(d_o.device):
         outputs, ends = plan.backward.executable.launch(
             {**dict(zip(plan.inputs, inputs, strict=True)), "d_o": d_o}, memories, plan.chunk, cu_seqlens)
-    grads = []
+    grads, own = [], _contiguous if plan.backward.executable.fresh else _own
     for name, x in zip(plan.inputs, inputs, strict=True):
         d = outputs[f"d_{name}"]
         if d.ndim > 2 and d.shape[2] != x.shape[2]:  # value heads that share a query/key head
             d = d.unflatten(2, (x.shape[2], -1)).sum(3)
-        grads.append(_own(d.reshape(x.shape).to(x.dtype)))
-    return [*grads, *(_own(ends[f"d_{c}"]) for c in plan.carries)]
+        grads.append(own(d.reshape(x.shape).to(x.dtype)))
+    return [*grads, *(own(ends[f"d_{c}"]) for c in plan.carries)]
 
 
 def _as_given(device: torch.device) -> AbstractContextManager[Any]:
@@ -105,6 +106,10 @@ def _as_given(device: torch.device) -> AbstractContextManager[Any]:
 def _own(x: Tensor) -> Tensor:
     """A contiguous result: outputs never alias inputs and fakes report true strides."""
     return x.clone(memory_format=torch.contiguous_format)
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    return x.contiguous()
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 import lsmc.lowering.backends.aten as aten
 from lsmc.ir import Program
 from lsmc.schedules import Choice
+from lsmc.schedules.base import Rank, by_kernel
 
 
 class Executable(Protocol):
@@ -21,6 +22,7 @@ class Executable(Protocol):
 
     source: str
     hash: str
+    fresh: bool  # results are new tensors, never views of inputs or of each other
 
     def launch(self, inputs: Mapping[str, Tensor], memories: Mapping[str, Tensor], chunk: int,
                cu_seqlens: Tensor | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]: ...
@@ -29,6 +31,15 @@ class Executable(Protocol):
 def backend(device: str) -> str:
     """The backend for a device type: Triton on CUDA, ATen elsewhere; the variable `LSMC_BACKEND` overrides it."""
     return os.environ.get("LSMC_BACKEND") or ("triton" if device == "cuda" else "aten")
+
+
+def ranking(target: str) -> Rank:
+    """How schedules are compared for a backend."""
+    if target == "triton":
+        from lsmc.lowering.backends.triton_cost import rank
+
+        return rank
+    return by_kernel
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from lsmc.chunk import derive
 from lsmc.errors import LsmOptionError
 from lsmc.factors import hoist
 from lsmc.ir import Program
-from lsmc.lowering.plan import Direction, Plan
+from lsmc.lowering.plan import Direction, Plan, ranking
 from lsmc.schedules import CUTS, Choice, Shape, choose
 
 _T = TypeVar("_T")
@@ -28,7 +28,7 @@ _T = TypeVar("_T")
 CHUNK = 64
 """Tokens per chunk where nothing else is asked for."""
 
-TYPICAL = Shape(sequences=64, tokens=4096, key=128, value=128, chunk=CHUNK)
+TYPICAL = Shape(sequences=128, tokens=4096, key=128, value=128, chunk=CHUNK)
 """The sizes that schedules are ranked at while the real ones are symbolic."""
 
 STAGES: dict[str, str] = {
@@ -69,7 +69,7 @@ def compile_plan(canonical: Canonical, options: Options, shape: Shape = TYPICAL)
     cuts = tuple(CUTS[n] for n in CUTS if options.schedule in (None, n))
 
     def direction(program: Program, stage: str) -> Direction:
-        choice: Choice = _log(stage, choose(program, cuts, shape))
+        choice: Choice = _log(stage, choose(program, cuts, shape, rank=ranking(options.target)))
         return Direction(program, choice, options.target)
 
     return Plan(canonical.name, options.chunk, direction(forward, "schedule"), direction(backward, "backward_schedule"))

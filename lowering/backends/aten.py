@@ -83,6 +83,8 @@ def expression(expr: sympy.Expr, names: list[str], dims: list[Dims]) -> str:
 class Compiled:
     """The ATen form of one program under one schedule: printable source and a callable on tensors."""
 
+    fresh = False
+
     def __init__(self, program: Program, schedule: Schedule) -> None:
         self.program, self.schedule = program, schedule
         self.source = _emit(program, schedule)

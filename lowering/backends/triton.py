@@ -25,6 +25,8 @@ _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 class Compiled:
     """The Triton form of one program under one schedule: printable source and a launch on tensors."""
 
+    fresh = True
+
     def __init__(self, program: Program, schedule: Schedule) -> None:
         self.program, self.schedule = gather(program), schedule
         self.source, self.kernels = emit(self.program, schedule)
@@ -195,5 +197,4 @@ def plan_of(k: Emitted, key: int, value: int, sequences: int, chunk: int) -> dic
     size = {"K": max(16, triton.next_power_of_2(key)), "V": max(16, triton.next_power_of_2(value))}
     if k.split:
         size[k.split] = min(size[k.split], 64)
-    warps = 8 if k.split is None and max(size.values()) > 64 else 4
-    return {"BK": size["K"], "BV": size["V"], "num_warps": warps, "num_stages": 2 if k.scan else 1}
+    return {"BK": size["K"], "BV": size["V"], "num_warps": 4, "num_stages": 2 if k.scan else 1}

@@ -163,7 +163,7 @@ def _part(program: Program, k: Kernel, known: set[int]) -> list[Piece]:
     for n, way in loose:
         fits = [d for d in ("K", "V") if d in way]
         there = [d for d in fits if d in groups]
-        groups.setdefault((there or fits or [None])[0], []).append(n)
+        groups.setdefault(next(iter(there or fits), None), []).append(n)
     if not groups:
         groups[next((d for d in ("V", "K") if d in memory), None)] = []
     if len(groups) == 1:

@@ -22,8 +22,8 @@ from lsmc.lowering.kernels import digest
 from lsmc.schedules import Kernel, Schedule
 from lsmc.schedules.order import order
 
-TILES = ("diagonal", "keep", "dot", "running", "cumsum", "lower", "between", "between_grad", "inverse", "form_p", "form_x", "form_y",
-         "form_gate", "form_all", "mild", "later")
+TILES = ("diagonal", "keep", "dot", "running", "later", "cumsum", "lower", "between", "between_grad", "inverse", "mild",
+         "form_p", "form_x", "form_y", "form_gate", "form_all")
 SIZE = {"T": "C", "K": "BK", "V": "BV", "1": "1"}
 EXTENT = {"T": 64, "K": 128, "V": 128, "1": 1}
 """Typical extents, for the weight of a value in registers."""
@@ -266,8 +266,8 @@ class _Writer:
         args += [f"s_{c.name}" for c in self.loads]
         args += [f"t_{op.id}" for op in (*self.makes, *self.takes)]
         args += ["flags"] if self.how else []
-        args += ["cu", "first", "owner", "B", "T", "HV", "COUNT", "CHUNKS", "C: tl.constexpr", "LEVELS: tl.constexpr", "K: tl.constexpr",
-                 "V: tl.constexpr", "BK: tl.constexpr", "BV: tl.constexpr", "PACKED: tl.constexpr", "HOW: tl.constexpr", "DT: tl.constexpr"]
+        args += ["cu", "first", "owner", "B", "T", "HV", "COUNT", "CHUNKS"]
+        args += [f"{n}: tl.constexpr" for n in ("C", "LEVELS", "K", "V", "BK", "BV", "PACKED", "HOW", "DT")]
         args += [f"HAS_{c.name}: tl.constexpr" for c in self.carries]
         rows, row = [], "    "
         for a in args:
@@ -500,9 +500,9 @@ class _Writer:
             case "sum":
                 self.line(f"{name} = tl.sum({self.f(op.args[0])}, axis={op.attr('axis')}, keep_dims=True)")
             case "max":
-                mask, x = self._pad(self.program.index[op.args[0]].dims), self.f(op.args[0])
-                x = f"tl.where({mask}, {x}, -float('inf'))" if mask != "None" else x
-                self.line(f"{name} = tl.max({x}, axis={op.attr('axis')}, keep_dims=True)")
+                mask, text = self._pad(self.program.index[op.args[0]].dims), self.f(op.args[0])
+                text = f"tl.where({mask}, {text}, -float('inf'))" if mask != "None" else text
+                self.line(f"{name} = tl.max({text}, axis={op.attr('axis')}, keep_dims=True)")
             case "valid":
                 origin = self.program.index[op.args[0]]
                 if self._zero_behind(origin) or self._only_stored(op):
@@ -616,8 +616,8 @@ class _Writer:
         tail = f"{self.gate(ids[-1])}, {self.sums(ids[-1])}, {like.attr('strict')}, {like.attr('before')}, LEVELS, HOW, DT"
         if op.id in self.groups:
             self.line(f"v{x}, v{y}, v{op.id} = form_all({a}, {tail})")
-            for i in (x, y, op.id):
-                self._loaded(i)
+            for made in (x, y, op.id):
+                self._loaded(made)
         elif op.kind == "form_gate":
             self.line(f"v{op.id} = form_gate({a}, {tail})")
         else:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lsmc.ir import Op, Program
-from lsmc.schedules.cost import Cost, Shape, cost
+from lsmc.schedules.cost import Shape, cost
 from lsmc.target import H200, Target
 
 
@@ -76,26 +76,31 @@ def needed(program: Program, kernels: list[Kernel]) -> tuple[Kernel, ...]:
 
 @dataclass(frozen=True)
 class Choice:
-    """The chosen schedule and why: the estimate of every candidate, best first."""
+    """The chosen schedule and why: estimated seconds and their reasons for every candidate, best first."""
 
     schedule: Schedule
-    estimates: tuple[tuple[Schedule, float, tuple[Cost, ...]], ...]
+    estimates: tuple[tuple[Schedule, float, str], ...]
 
     def __str__(self) -> str:
         lines = [str(self.schedule), "", "candidates, best first:"]
-        for s, t, costs in self.estimates:
-            lines.append(f"  {s.name:<10} {t * 1e6:9.1f} us: " + ", ".join(
-                f"{k.name} {c.bytes / 1e6:.1f} MB, {c.flops / 1e9:.2f} GFLOP, {c.steps} dependent products"
-                for k, c in zip(s.kernels, costs, strict=True)))
+        lines += [f"  {s.name:<10} {t * 1e6:9.1f} us: {why}" for s, t, why in self.estimates]
         return "\n".join(lines)
 
 
-def choose(program: Program, cuts: tuple[Cut, ...], shape: Shape, target: Target = H200) -> Choice:
+Rank = Callable[[Program, Schedule, Shape, Target], tuple[float, str]]
+"""Estimated seconds of a schedule, and the reasons in words."""
+
+
+def by_kernel(program: Program, schedule: Schedule, shape: Shape, target: Target) -> tuple[float, str]:
+    """The sum over the kernels of the slowest of memory, matrix units and dependent steps."""
+    costs = [cost(program, k, shape) for k in schedule.kernels]
+    return sum(c.seconds(target) for c in costs), ", ".join(
+        f"{k.name} {c.bytes / 1e6:.1f} MB, {c.flops / 1e9:.2f} GFLOP, {c.steps} dependent products"
+        for k, c in zip(schedule.kernels, costs, strict=True))
+
+
+def choose(program: Program, cuts: tuple[Cut, ...], shape: Shape, target: Target = H200, rank: Rank = by_kernel) -> Choice:
     """Rank the candidate cuts by estimated time."""
-    found = []
-    for cut in cuts:
-        s = cut(program)
-        costs = tuple(cost(program, k, shape) for k in s.kernels)
-        found.append((s, sum(c.seconds(target) for c in costs), costs))
+    found = [(s, *rank(program, s, shape, target)) for s in (cut(program) for cut in cuts)]
     found.sort(key=lambda f: f[1])
     return Choice(found[0][0], tuple(found))

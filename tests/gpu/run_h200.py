@@ -8,7 +8,6 @@ line per measurement and writes them as JSON.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import subprocess
@@ -105,33 +104,28 @@ def make(name: str, schedule: str | None, chunk: int = 64) -> tuple[Canonical, A
 
 def check(name: str, schedule: str | None, regime: str, dtype: torch.dtype, k: int, v: int, t: int = 160,
           h: int = 2, hv: int = 2) -> dict[str, float]:
+    """Errors of the operator's outputs and gradients, as ratios of root mean squares."""
     torch.manual_seed(0)
-    c, f, r, carries = make(name, schedule)
-    x = inputs_for(c, 2, t, h, hv, k, v, dtype, regime)
-    size = {"K": k, "V": v, "1": 1}
-    start = {n: torch.randn(2, hv, size[a], size[b], device="cuda") * 0.1 for n, (a, b) in carries}
-    o, ends = f.launch(x, start, 64)
-    xr = {n: y.double().requires_grad_() for n, y in x.items()}
-    sr = [s.double().requires_grad_() for s in start.values()]
-    first = sr[0] if len(sr) == 1 else (sr[0], sr[1][..., 0])
-    ro, rs = lsmc.reference(getattr(lsmc.zoo, name))(**xr, initial_state=first, return_final_state=True)
-    rs = [rs] if isinstance(rs, Tensor) else [rs[0], rs[1][..., None]]
-    out = {"o": ratio(o["o"], ro)} | {f"end_{n}": ratio(e, q) for (n, e), q in zip(ends.items(), rs)}
-    d_o = torch.randn_like(ro).to(dtype)
-    d_e = {f"d_{n}": torch.randn_like(e) * 0.1 for n, e in ends.items()}
-    want = torch.autograd.grad([ro, *rs], [*xr.values(), *sr], [d_o.double(), *(d.double() for d in d_e.values())],
-                               allow_unused=True)
-    grads, dstart = r.launch({**x, "d_o": d_o}, start | d_e, 64)
-    got = [grads[f"d_{n}"] for n in x] + [dstart[f"d_{n}"] for n in start]
-    for n, g, w in zip([*x, *start], got, want):
-        if w is not None:
-            out[f"d_{n}"] = ratio(g, w)
-    return out
+    op = getattr(lsmc.zoo, name)
+    x = inputs_for(op.canonical, 2, t, h, hv, k, v, dtype, regime)
+    state = torch.randn(2, hv, k, v, device="cuda") * 0.1
+    mine = {n: y.clone().requires_grad_() for n, y in [*x.items(), ("state", state)]}
+    true = {n: y.double().requires_grad_() for n, y in [*x.items(), ("state", state)]}
+    cotangents = None
+    found: list[list[Tensor]] = []
+    for run, leaves in ((op, mine), (lsmc.reference(op), true)):
+        options = {"chunk": 64, "schedule": schedule} if run is op else {}
+        o, end = run(**{n: leaves[n] for n in x}, initial_state=leaves["state"], return_final_state=True, **options)
+        cotangents = cotangents or (torch.randn_like(o), torch.randn_like(end) * 0.1)
+        d = [c.to(y.dtype) for c, y in zip(cotangents, (o, end), strict=True)]
+        found.append([o, end, *torch.autograd.grad([o, end], list(leaves.values()), d)])
+    names = ["o", "end", *(f"d_{n}" for n in mine)]
+    return {n: ratio(a, b) for n, a, b in zip(names, *found, strict=True)}
 
 
 def limits(name: str, dtype: torch.dtype) -> dict[str, float]:
     gates = gate_names(getattr(lsmc.zoo, name).canonical)
-    scale = 1.0 if dtype == torch.bfloat16 else 1e-5 / 5e-3
+    scale = 1e-5 / 5e-3 if dtype == torch.float32 else 1.0
 
     def bound(n: str) -> float:
         kind = n if n == "o" else "end" if n.startswith("end") else "gate" if n[2:] in gates else "grad"
@@ -143,10 +137,10 @@ def limits(name: str, dtype: torch.dtype) -> dict[str, float]:
 def worker(name: str, until: float, full: bool) -> None:
     """All checks of one method, as JSON lines."""
     first = time.time()
-    todo = [(s, g, torch.bfloat16, 128, 128) for s in ("fused", "two_pass") for g in (REGIMES if full else QUICK)]
+    todo = [(None, g, torch.bfloat16, 128, 128) for g in (REGIMES if full else QUICK)]
     if full:
-        todo += [(s, "typical", torch.bfloat16, 64, 64) for s in ("fused", "two_pass")]
-        todo += [(s, "sigmoid", torch.float32, 64, 64) for s in ("fused", "two_pass")]
+        todo += [(None, "typical", torch.bfloat16, 64, 96), (None, "mixture", torch.float16, 128, 128)]
+        todo += [(None, "sigmoid", torch.float32, 64, 64)]
     c = getattr(lsmc.zoo, name).canonical
     if not any(f.name in gate_names(c) for f in c.inputs):
         todo = [x for x in todo if x[1] in ("typical", "sigmoid")]
@@ -184,7 +178,7 @@ def candidates(k: Any) -> list[dict[str, int]]:
     return [{f"B{k.split}" if n == "block" else n: x for n, x in plan.items()} for plan in SPLIT]
 
 
-def launches(name: str, schedule: str, b: int, t: int, h: int) -> list[tuple[Any, Any]]:
+def launches(name: str, schedule: str | None, b: int, t: int, h: int) -> list[tuple[Any, Any]]:
     """(a prepared launch, its kernel) of both directions, run once in order so that buffers exist."""
     c, f, r, carries = make(name, schedule)
     x = inputs_for(c, b, t, h, h, 128, 128, torch.bfloat16)
@@ -198,21 +192,6 @@ def launches(name: str, schedule: str, b: int, t: int, h: int) -> list[tuple[Any
             run.kernel(k)
             out.append((run, k))
     return out
-
-
-def warm(name: str, until: float) -> None:
-    """Compile the tuning candidates of one method (Triton keeps them on disk)."""
-    for schedule in ("fused", "two_pass"):
-        for run, k in launches(name, schedule, 1, 64, 1):
-            for plan in candidates(k):
-                if time.time() > until:
-                    return
-                run.compiled.plans[k.name] = plan
-                try:
-                    run.kernel(k)
-                    torch.cuda.synchronize()
-                except Exception as e:
-                    print(json.dumps({"method": name, "kernel": k.name, "plan": plan, "failed": str(e)[-200:]}), flush=True)
 
 
 def milliseconds(call: Any, count: int = 5) -> float:
@@ -234,36 +213,45 @@ def milliseconds(call: Any, count: int = 5) -> float:
     return sorted(a.elapsed_time(b) for a, b in marks)[count // 2]
 
 
-def timings(name: str, sweep: bool, until: float) -> list[dict[str, Any]]:
+def timings(name: str, kernels: bool, until: float) -> list[dict[str, Any]]:
+    """The operator's forward and forward+backward at the default plan; with `kernels`, each kernel alone as well."""
+    from triton.testing import do_bench
+
     rows = []
-    for (label, (b, t, h)), schedule in itertools.product(SHAPES.items(), ("fused", "two_pass")):
+    op = getattr(lsmc.zoo, name)
+    for label, (b, t, h) in SHAPES.items():
         if time.time() > until:
             break
+        x = {n: y.requires_grad_() for n, y in inputs_for(op.canonical, b, t, h, h, 128, 128, torch.bfloat16).items()}
+        d_o = torch.randn(b, t, h, 128, device="cuda", dtype=torch.bfloat16)
+
+        def forward(x: dict[str, Tensor] = x) -> Tensor:
+            with torch.no_grad():
+                out: Tensor = op(**x)
+            return out
+
+        def both(x: dict[str, Tensor] = x, d_o: Tensor = d_o) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(op(**x), list(x.values()), d_o)
+
+        row: dict[str, Any] = {"method": name, "shape": label}
         try:
-            items = launches(name, schedule, b, t, h)
+            both()
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            held = torch.cuda.memory_allocated()
+            both()
+            row["peak_MB"] = round((torch.cuda.max_memory_allocated() - held) / 1e6)
+            row["forward"] = do_bench(forward, warmup=10, rep=60, return_mode="median")
+            row["both"] = do_bench(both, warmup=10, rep=60, return_mode="median")
+            row["graph"] = milliseconds(both)
         except Exception as e:
-            rows.append({"method": name, "schedule": schedule, "failed": str(e)[-200:]})
-            continue
-        row: dict[str, Any] = {"method": name, "schedule": schedule, "shape": label, "kernels": {}}
-        for run, k in items:
-            row["kernels"][k.name] = {"default": milliseconds(lambda run=run, k=k: run.kernel(k))}
-            if sweep and label.startswith("B16"):
-                for plan in candidates(k):
-                    run.compiled.plans[k.name] = plan
-                    try:
-                        took = milliseconds(lambda run=run, k=k: run.kernel(k), 3)
-                    except Exception:
-                        continue
-                    row["kernels"][k.name][" ".join(f"{a}{n}" for a, n in plan.items())] = took
-                run.compiled.plans.pop(k.name, None)
-        runs = list(dict.fromkeys(r for r, _ in items))
-        row["forward"] = sum(row["kernels"][k.name]["default"] for r, k in items if r is runs[0])
-        row["both"] = sum(x["default"] for x in row["kernels"].values())
+            row["failed"] = str(e)[-200:]
         rows.append(row)
-        print(name, schedule, label, f"forward {row['forward']:.3f} ms, forward+backward {row['both']:.3f} ms", flush=True)
-        for n, x in row["kernels"].items():
-            best = min(x, key=lambda p: x[p])
-            print(f"    {n}: {x['default']:.3f}, best {x[best]:.3f} ({best})", flush=True)
+        print({n: round(y, 3) if isinstance(y, float) else y for n, y in row.items()}, flush=True)
+        if kernels:
+            for run, k in launches(name, None, b, t, h):
+                row.setdefault("kernels", {})[k.name] = milliseconds(lambda run=run, k=k: run.kernel(k))
+            print("   ", {n: round(y, 3) for n, y in row["kernels"].items()}, flush=True)
     return rows
 
 
@@ -273,8 +261,7 @@ def main() -> None:
     parser.add_argument("--out", default="h200.json")
     parser.add_argument("--limit", type=float, default=480.0)
     parser.add_argument("--worker", type=float)
-    parser.add_argument("--warm", type=float)
-    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--kernels", action="store_true", help="time each kernel alone as well")
     parser.add_argument("--quick", action="store_true", help="fewer regimes of gates, bf16 only")
     parser.add_argument("--no-checks", action="store_true")
     a = parser.parse_args()
@@ -282,16 +269,12 @@ def main() -> None:
     if a.worker:
         worker(names[0], a.worker, not a.quick)
         return
-    if a.warm:
-        warm(names[0], a.warm)
-        return
     begin = time.time()
     os.environ.setdefault("LSMC_CACHE", "/tmp/lsmc-cache")
-    half = begin + a.limit * 0.65
+    half = begin + a.limit * 0.6
     jobs: list[tuple[str, subprocess.Popen[str]]] = []
-    modes = ([] if a.no_checks else ["--worker"]) + (["--warm"] if a.sweep else [])
-    for mode, n in itertools.product(modes, names):
-        command = [sys.executable, __file__, n, mode, str(half), *(["--quick"] if a.quick else [])]
+    for n in [] if a.no_checks else names:
+        command = [sys.executable, __file__, n, "--worker", str(half), *(["--quick"] if a.quick else [])]
         jobs.append((n, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)))
     rows: list[dict[str, Any]] = []
     for n, job in jobs:
@@ -303,10 +286,10 @@ def main() -> None:
         if job.returncode:
             print(n, "exit", job.returncode, err[-400:], flush=True)
         rows += [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-    worst: dict[tuple[str, str, str], dict[str, float]] = {}
+    worst: dict[tuple[str, str], dict[str, float]] = {}
     for row in rows:
         if "error" in row:
-            w = worst.setdefault((row["method"], row["schedule"], row["dtype"]), {})
+            w = worst.setdefault((row["method"], row["dtype"]), {})
             for q, e in row["error"].items():
                 w[q] = max(w.get(q, 0.0), e) if e == e else e
         if row.get("bad") or "error" not in row:
@@ -316,7 +299,7 @@ def main() -> None:
         print(*key, *(f"{q}={e:.1e}" for q, e in w.items()), flush=True)
     print(f"checks took {time.time() - begin:.0f} s", flush=True)
     for n in names:
-        rows += timings(n, a.sweep, begin + a.limit)
+        rows += timings(n, a.kernels, begin + a.limit)
     Path(a.out).write_text(json.dumps(rows, indent=1))
     print(f"{time.time() - begin:.0f} s", flush=True)
 

@@ -1,0 +1,100 @@
+"""What the launches of a schedule cost on a GPU: bytes, and the time that one program takes for one chunk.
+
+The constants were fitted to single kernels measured on an H200 (docs/benchmarks.md); the ranking is what they are for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lsmc.ir import Op, Program
+from lsmc.lowering.backends.triton_cut import Piece, pieces
+from lsmc.lowering.backends.triton_sums import gather
+from lsmc.schedules import Schedule, Shape
+from lsmc.schedules.order import order, peak
+from lsmc.target import Target
+
+PRODUCT = 0.65e-6
+"""Seconds for one product of tiles, with the wait for its operands."""
+ELEMENT = 6e-11
+"""Seconds for one element of an elementwise result, by 128 threads."""
+PRODUCTS = {"form": 2, "form_gate": 4, "inverse": 10, "cumsum": 5, "matmul": 1}
+CHAINED = 2.0e-6
+"""Seconds more for each product that waits for another one on the way from a memory to the next."""
+WAIT = 0.8e-6
+"""Seconds more for each tile that a scan loads for elementwise work: such loads are not started ahead."""
+REGISTERS = 200
+"""Registers of a thread that values may take; the rest spills."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One piece: bytes through memory, seconds of one chunk in one program, registers that its values want."""
+
+    name: str
+    bytes: float
+    step: float
+    registers: int
+    seconds: float
+
+
+def estimate(program: Program, schedule: Schedule, shape: Shape, target: Target) -> list[Estimate]:
+    """Every piece of a schedule, in launch order."""
+    return [_piece(program, p, shape, target) for p in pieces(program, schedule)]
+
+
+def _piece(program: Program, p: Piece, s: Shape, target: Target) -> Estimate:
+    ends = p.roots(program)
+    body = program.ancestors(ends, p.known)
+    extent = {"T": s.chunk, "K": s.key, "V": s.value, "1": 1}
+    blocks = 1
+    if p.split:
+        blocks = -(-extent[p.split] // 64)
+        extent[p.split] = min(64, extent[p.split])
+
+    def size(op: Op) -> int:
+        return extent[op.dims[0]] * extent[op.dims[1]]
+
+    def weight(op: Op) -> int:
+        return size(op) * (2 if op.kind == "input" else 4)
+
+    products = sum(PRODUCTS.get(op.kind, 0) for op in body if "1" not in op.dims)
+    elements = sum(size(op) for op in body if op.kind in ("map", "between", "mask", "sum"))
+    taken = {a for op in body for a in op.args} & p.known
+    moved = sum(size(op) * s.element_bytes for op in body if op.kind == "input" and op.id not in p.kernel.own(program))
+    moved += sum(size(program.index[i]) * s.element_bytes for i in (*taken, *p.makes))
+    moved += sum(size(program.index[i]) * s.element_bytes for n, i in program.outputs if n in p.kernel.stores)
+    moved += sum(size(program.index[c.inp]) * s.element_bytes for c in program.carries if c.name in p.kernel.saves)
+    wanted = peak(order(body, ends, weight), weight) // 512
+    step = (PRODUCT * products + ELEMENT * elements) * (1 + max(0, wanted - REGISTERS) / (60 if p.kernel.carries else 300))
+    if p.kernel.carries:
+        loaded = {op.id for op in body if op.kind == "input" and op.attr("role") == "token"} | p.known
+        wide = {a for op in body if op.kind in ("map", "cumsum") for a in op.args if a in loaded}
+        step += WAIT * sum("1" not in program.index[a].dims for a in wide)
+    step += CHAINED * max(0, _chain(program, p, {op.id for op in body}) - 1)
+    resident = 2 * target.units
+    programs = s.sequences * blocks
+    if p.kernel.carries:
+        work = step * s.chunks * -(-programs // resident)
+    else:
+        work = step * max(1.0, programs * s.chunks / resident)
+    total = moved * programs * s.chunks
+    return Estimate(p.kernel.name, total, step, wanted, target.launch_s + max(work, total / target.bytes_per_s))
+
+
+def _chain(program: Program, p: Piece, inside: set[int]) -> int:
+    """Products, one after the other, between a memory before a chunk and after it."""
+    longest = {c.inp: 0 for c in program.carries if c.name in p.kernel.carries}
+    for op in program.ops:
+        before = [longest[a] for a in op.args if a in longest]
+        if op.id in inside and before:
+            longest[op.id] = max(before) + (op.kind == "matmul" and "1" not in op.dims)
+    return max((longest.get(c.out, 0) for c in program.carries if c.name in p.kernel.carries), default=0)
+
+
+def rank(program: Program, schedule: Schedule, shape: Shape, target: Target) -> tuple[float, str]:
+    """The sum over the pieces, and what was counted for each."""
+    found = estimate(gather(program), schedule, shape, target)
+    return sum(e.seconds for e in found), ", ".join(
+        f"{e.name} {e.seconds * 1e6:.0f} us ({e.bytes / 1e6:.0f} MB, {e.step * 1e6:.1f} us a chunk, {e.registers} registers)"
+        for e in found)
