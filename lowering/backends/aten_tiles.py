@@ -157,6 +157,8 @@ def form_grads(p: Tensor, x: Tensor, y: Tensor, g: Tensor, up: Tensor, down: Ten
 
     ∂F/∂g is the sum of ∂F/∂G over this row and all later ones.
     """
+    lead = torch.broadcast_shapes(*(t.shape[:-2] for t in (p, x, y, up)))  # some are shared by all sequences or chunks
+    x, y = x.expand(*lead, -1, -1), y.expand(*lead, -1, -1)
     inner, xs, ys = p.tril(-1), x * up, y * down
     to_x, to_y = inner @ ys, inner.mT @ xs
     d_up, d_down = xs.mul_(to_x), ys.mul_(to_y)

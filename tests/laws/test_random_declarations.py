@@ -18,7 +18,7 @@ from lsmc.schedules import CUTS
 from tests.declarations import Drawn, body, declarations
 
 TOLERANCE = 1e-10
-EXAMPLES = int(os.environ.get("LSMC_EXAMPLES", "80"))
+EXAMPLES = int(os.environ.get("LSMC_EXAMPLES", "150"))
 TIMES = (1, 2, 15, 16, 17, 31, 33, 47, 48, 50, 63, 64, 65, 70)
 
 
