@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -63,8 +64,11 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
         elif not path.exists():
-            pytest.fail(f"no golden {path.name}: read the text, then `make golden` accepts it\n\n{text}")
+            pytest.fail(f"no golden {path.name}: read the text, then `make golden` accepts it\n\n{text}", pytrace=False)
         else:
-            assert text == path.read_text(), f"{path.name} changed: read how; `make golden` accepts"
+            lines = [x.splitlines() for x in (path.read_text(), text)]
+            changes = list(difflib.unified_diff(*lines, "accepted", "now", lineterm=""))
+            if changes:
+                pytest.fail("\n".join([f"{path.name} changed; `make golden` accepts it", *changes]), pytrace=False)
 
     return check
