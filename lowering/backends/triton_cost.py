@@ -23,6 +23,8 @@ CHAINED = 2.0e-6
 """Seconds more for each product that waits for another one on the way from a memory to the next."""
 WAIT = 0.8e-6
 """Seconds more for each tile that a scan loads for elementwise work: such loads are not started ahead."""
+ALONE = 0.65
+"""What a scan's step takes where no second program shares its processor."""
 REGISTERS = 200
 """Registers of a thread that values may take; the rest spills."""
 
@@ -75,7 +77,7 @@ def _piece(program: Program, p: Piece, s: Shape, target: Target) -> Estimate:
     resident = 2 * target.units
     programs = s.sequences * blocks
     if p.kernel.carries:
-        work = step * s.chunks * -(-programs // resident)
+        work = step * s.chunks * -(-programs // resident) * (ALONE if programs <= target.units else 1.0)
     else:
         work = step * max(1.0, programs * s.chunks / resident)
     total = moved * programs * s.chunks
