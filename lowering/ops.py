@@ -6,8 +6,9 @@ never serve code of an older derivation. On CPUs the body is plain ATen, which I
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,29 +36,52 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+@dataclass(frozen=True)
+class Extents:
+    """The sizes of a call, and an input whose type and device are those of the output."""
+
+    batch: int
+    tokens: int
+    heads: int
+    dims: Mapping[str, int]
+    like: Tensor
+
+    @property
+    def output(self) -> tuple[int, int, int, int]:
+        return self.batch, self.tokens, self.heads, self.dims["V"]
+
+
+def extents(plan: Plan, inputs: Sequence[Tensor], start: Sequence[Tensor] = ()) -> Extents:
+    """What the inputs (and memories) say about the sizes: q and k have H heads, all others HV, whichever are there."""
+    dims: dict[str, int] = {"1": 1}
+    heads = token = None
+    like = inputs[0]
+    for op in plan.forward.program.inputs("token", "head"):
+        name = op.attr("name")
+        x, per_token = inputs[plan.inputs.index(name)], op.attr("role") == "token"
+        if op.dims[1] != "1":
+            dims[op.dims[1]] = x.shape[-1]
+        if name not in ("q", "k") or heads is None:
+            heads = x.shape[2 if per_token else 0]
+        if per_token and token is None:
+            token = x
+        if name in ("q", "k", "v"):
+            like = x
+    assert token is not None and heads is not None
+    if start:
+        heads, dims["K"], dims["V"] = start[0].shape[1:]
+    return Extents(token.shape[0], token.shape[1], heads, dims, like)
+
+
 def _start(plan: Plan, inputs: Sequence[Tensor], start: Sequence[Tensor], cu_seqlens: Tensor | None) -> list[Tensor]:
     """The memories before the first token: those given, or zeros."""
     if start:
         return list(start)
-    size, v = extents(plan, inputs)
-    n = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    out = []
-    for c in plan.forward.program.carries:
-        dims = plan.forward.program.index[c.inp].dims
-        out.append(v.new_zeros((n, v.shape[2], size[dims[0]], size[dims[1]]), dtype=state_dtype(v.dtype)))
-    return out
-
-
-def extents(plan: Plan, inputs: Sequence[Tensor]) -> tuple[dict[str, int], Tensor]:
-    """The sizes of K and V, and an input with all value heads and the value dimension."""
-    size, v = {"1": 1}, inputs[0]
-    for op in plan.forward.program.inputs("token", "head"):
-        x = inputs[plan.inputs.index(op.attr("name"))]
-        if op.dims[1] != "1":
-            size[op.dims[1]] = x.shape[-1]
-        if op.dims == ("T", "V"):
-            v = x
-    return size, v
+    size = extents(plan, inputs)
+    n = size.batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    carries = [plan.forward.program.index[c.inp].dims for c in plan.forward.program.carries]
+    dtype = state_dtype(size.like.dtype)
+    return [size.like.new_zeros((n, size.heads, size.dims[r], size.dims[c]), dtype=dtype) for r, c in carries]
 
 
 @triton_op("lsmc::fwd", mutates_args={})
@@ -65,14 +89,14 @@ def fwd(inputs: Sequence[Tensor], start: Sequence[Tensor], cu_seqlens: Tensor | 
     """Output (B, T, HV, V) and the final memories (B, HV, K, V or 1) of the method `spec`."""
     plan = _PLANS[spec]
     start = _start(plan, inputs, start, cu_seqlens)
-    _, v = extents(plan, inputs)
-    if v.shape[0] * v.shape[1] == 0:  # no token: nothing to run
-        return [_own(v), *(_own(s) for s in start)]
-    with _as_given(v.device):
+    size = extents(plan, inputs, start)
+    if size.batch * size.tokens == 0:  # no token: nothing to run
+        return [size.like.new_empty(size.output), *(_own(s) for s in start)]
+    with _as_given(size.like.device):
         outputs, ends = plan.forward.executable.launch(
             dict(zip(plan.inputs, inputs, strict=True)), dict(zip(plan.carries, start, strict=True)), plan.chunk, cu_seqlens)
     own = _contiguous if plan.forward.executable.fresh else _own
-    return [own(outputs["o"].to(v.dtype)), *(own(ends[c]) for c in plan.carries)]
+    return [own(outputs["o"].to(size.like.dtype)), *(own(ends[c]) for c in plan.carries)]
 
 
 @triton_op("lsmc::bwd", mutates_args={})
@@ -127,8 +151,8 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     cu_seqlens = saved[-1] if ctx.packed else None
     d_o, *d_end = grads
     if d_o is None:
-        _, v = extents(_PLANS[ctx.spec], tensors)
-        d_o = torch.zeros_like(v, memory_format=torch.contiguous_format)
+        size = extents(_PLANS[ctx.spec], tensors, start)
+        d_o = size.like.new_zeros(size.output)
     d_end = [tensors[0].new_zeros(s, dtype=t) if d is None else d for d, (s, t) in zip(d_end, ctx.ends, strict=True)]
     out = bwd(tensors, start, cu_seqlens, d_o, d_end, ctx.spec)
     return out[:n], (out[n:] if m else []), None, None

@@ -97,30 +97,27 @@ def call(declaration: LSM, *, initial_state: State | None = None, return_final_s
     before anything runs, and LsmNotAffineError or LsmNoChunkFormError for declarations without a chunk form.
     """
     names, casts, normalizer = _signature(declaration.key)
-    tracing = torch.compiler.is_compiling()
-    if tracing:
-        tensors = _bind_traced(declaration, names, inputs)
+    sizes = None
+    if torch.compiler.is_compiling():
+        tensors = _bind_traced(declaration, names, inputs, initial_state)
     else:
-        tensors, _ = checks.bind(declaration.canonical, inputs, initial_state=initial_state, cu_seqlens=cu_seqlens)
-    v = tensors[casts[-1]]
-    if torch.is_autocast_enabled(v.device.type):
-        dtype = torch.get_autocast_dtype(v.device.type)
+        tensors, n = checks.bind(declaration.canonical, inputs, initial_state=initial_state, cu_seqlens=cu_seqlens)
+        sizes = (_class(n.B * n.HV), _class(n.T), _class(n.K), _class(n.V))
+    device = tensors[names[0]].device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
         for name in casts:
             if tensors[name].dtype != torch.float64:
                 tensors[name] = tensors[name].to(dtype)
-        v = tensors[casts[-1]]
-    target_minimum, usual = (1, CHUNK // 2) if backend(v.device.type) == "aten" else (16, CHUNK)
-    tokens = v.shape[1]
+    least, usual = (1, CHUNK // 2) if backend(device) == "aten" else (16, CHUNK)
     if chunk is None:  # ATen works through whole (T, T) tiles, half of which is masked: shorter chunks waste less
-        chunk = usual if tracing else max(target_minimum, min(usual, _class(tokens)))
-    sizes = None
-    if not tracing:
-        sizes = (_class(v.shape[0] * v.shape[2]), _class(tokens), _class(tensors[casts[0]].shape[-1]), _class(v.shape[-1]))
-    spec = _spec(declaration.key, v.device.type, float(scale), chunk, schedule, sizes)
+        chunk = usual if sizes is None else max(least, min(usual, sizes[1]))
+    spec = _spec(declaration.key, device, float(scale), chunk, schedule, sizes)
     start: list[Tensor] = []
     if initial_state is not None:
         given = initial_state if isinstance(initial_state, tuple | list) else (initial_state,)
-        start = [s.to(ops.state_dtype(v.dtype)) for s in given]
+        dtype = ops.state_dtype(tensors[casts[-1] if casts else names[0]].dtype)
+        start = [s.to(dtype) for s in given]
         if normalizer:
             start[1] = start[1][..., None]
     o, *ends = torch.ops.lsmc.fwd([tensors[n] for n in names], start, cu_seqlens, spec)
@@ -131,7 +128,7 @@ def call(declaration: LSM, *, initial_state: State | None = None, return_final_s
     return o, ends[0]
 
 
-def _bind_traced(declaration: LSM, names: tuple[str, ...], inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+def _bind_traced(declaration: LSM, names: tuple[str, ...], inputs: Mapping[str, Any], state: State | None) -> dict[str, Tensor]:
     """The inputs in order, defaults filled in.
 
     Comparing the sizes tells the tracer that they are one symbol: inputs that come with a symbolic T each would otherwise
@@ -140,25 +137,34 @@ def _bind_traced(declaration: LSM, names: tuple[str, ...], inputs: Mapping[str, 
     optional = _optional(declaration.key)
     tensors: dict[str, Tensor] = {}
     sizes: dict[str, int] = {}
+
+    def same(name: str, x: Tensor, parts: tuple[str, ...]) -> None:
+        if x.dim() != len(parts):
+            _refuse(LsmShapeError, f"{name!r} must have the dimensions ({', '.join(parts)})")
+        for part, size in zip(parts, x.shape):
+            if sizes.setdefault(part, size) != size:
+                _refuse(LsmShapeError, f"{name!r} has another {part} than the inputs before it")
+
     for name, parts in zip(names, _shapes(declaration.key)):
         x = inputs.get(name)
         if x is not None:
-            if x.dim() != len(parts):
-                _refuse(LsmShapeError, f"{name!r} must have the dimensions ({', '.join(parts)})")
-            for part, size in zip(parts, x.shape):
-                if sizes.setdefault(part, size) != size:
-                    _refuse(LsmShapeError, f"{name!r} has another {part} than the inputs before it")
+            same(name, x, parts)
             tensors[name] = x
         elif name not in optional:
             _refuse(LsmMissingInputError, f"{declaration.name} needs the input {name!r}")
     for name in inputs:
         if name not in names:
             _refuse(LsmUnexpectedInputError, f"{declaration.name} has no input {name!r}; it takes {', '.join(names)}")
+    heads = sizes["HV" if "HV" in sizes else "H"]
+    if state is not None:
+        sizes["HV"] = heads
+        for x, parts in zip(state if isinstance(state, tuple | list) else (state,), (("N", "HV", "K", "V"), ("N", "HV", "K"))):
+            same("initial_state", x, parts)
     like = tensors["v"] if "v" in tensors else next(iter(tensors.values()))
     for name in names:
         if name not in tensors:
             dtype = ops.state_dtype(like.dtype)
-            tensors[name] = torch.tensor(_defaults(declaration.key, name, like.shape[2]), dtype=dtype, device=like.device)
+            tensors[name] = torch.tensor(_defaults(declaration.key, name, heads), dtype=dtype, device=like.device)
     return {name: tensors[name] for name in names}
 
 

@@ -29,12 +29,16 @@ DECAYS: dict[str, Callable[[], Decay]] = {
 
 OVER_V = ("vector over V", "two-sided", "scalar times vector over V")
 
+OTHER = 1 / 16
+"""Weight of a correction that is written at another key than it was read at: I − w kᵀa does not contract, and T tokens
+may amplify by (1 + w)^T, which is to stay far below what float64 resolves: 70 for T = 70 (2^70 for w = 1)."""
+
 READS: dict[str, Callable[[Term], Term]] = {
     "none": lambda key: v,
     "decayed": lambda key: v - key @ M.decayed,
     "previous": lambda key: v - key @ M.previous,
-    "another key": lambda key: v - lsmc.l2norm(vector("a")) @ M.decayed,
-    "a key per head": lambda key: v - lsmc.l2norm(vector("a", per="head")) @ M.decayed,
+    "another key": lambda key: v - OTHER * (lsmc.l2norm(vector("a")) @ M.decayed),
+    "a key per head": lambda key: v - OTHER * (lsmc.l2norm(vector("a", per="head")) @ M.decayed),
     "both": lambda key: v - 0.5 * (key @ M.decayed) - 0.25 * (key @ M.previous),
 }
 

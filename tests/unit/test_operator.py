@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import lsmc
-from lsmc import LSM, M, Vector, errors, k, outer, q, reference, vector
+from lsmc import LSM, M, Scalar, Vector, errors, k, outer, q, reference, vector
 from lsmc.cases import GATES, Case, Sample, sample, tensors
 from lsmc.lowering import ops
 from lsmc.pipeline import Options, compile_plan
@@ -31,7 +31,13 @@ two_sided = LSM(
     update=outer(lsmc.softmax(k), lsmc.v),
     readout=lsmc.sigmoid(vector("z", over="V")) * (q @ M),
 )
-METHODS = (*lsmc.zoo.METHODS, normalised, two_sided)
+without_q_k_v = LSM(
+    "without_q_k_v",
+    decay=Scalar("g"),
+    update=outer(vector("a"), vector("u", over="V", per="head")),
+    readout=vector("p") @ M,
+)
+METHODS = (*lsmc.zoo.METHODS, normalised, two_sided, without_q_k_v)
 BOTH = (lsmc.zoo.kda, normalised)
 """A method that reads what it wrote, with value heads that share a key; one with two states."""
 
@@ -153,10 +159,11 @@ SIZES = {
 }
 
 
+@pytest.mark.parametrize("state", [True, False], ids=["state", "none"])
 @pytest.mark.parametrize("size", SIZES)
 @each(*METHODS)
-def test_the_operator_is_the_recurrence_at_every_size(op: LSM, size: str) -> None:
-    drawn = sample(op, vary(SIZES[size], initial_state=True))
+def test_the_operator_is_the_recurrence_at_every_size(op: LSM, size: str, state: bool) -> None:
+    drawn = sample(op, vary(SIZES[size], initial_state=state))
     wanted, found = both(reference(op), drawn), both(op, drawn)
     assert [x.shape for x in found] == [x.shape for x in wanted]
     assert max(map(ratio, found, wanted)) < 1e-10
