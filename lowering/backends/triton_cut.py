@@ -68,7 +68,7 @@ def costly(program: Program, schedule: Schedule) -> set[int]:
         for op in program.ancestors(roots(program, Kernel(k.name, k.carries, (), ()))) if k.carries else ():
             if op.id not in free or op.kind == "matmul":
                 out |= {a for a in op.args if a in dear and program.index[a].dims not in (("K", "V"), ("V", "K"))}
-    return out
+    return out - {i for _, i in program.outputs}
 
 
 def shares(program: Program, body: Iterable[Op], dim: str) -> set[int] | None:
@@ -113,7 +113,7 @@ def pieces(program: Program, schedule: Schedule) -> tuple[Piece, ...]:
     dear = costly(program, schedule)
     kept = set[int]()
     out: list[Piece] = []
-    for k in schedule.kernels:
+    for k in _settled(program, schedule.kernels):
         out += _part(program, k, dear | kept)
         kept |= through(program, k)
     if len(out) == 1 and not out[0].kernel.carries:
@@ -127,6 +127,16 @@ def pieces(program: Program, schedule: Schedule) -> tuple[Piece, ...]:
     if used:
         done.append(Piece(Kernel("prepare", (), (), ()), frozenset(), tuple(sorted(used)), None))
     return tuple(reversed(done))
+
+
+def _settled(program: Program, kernels: tuple[Kernel, ...]) -> list[Kernel]:
+    """Stores move to the first scan that works out what they store: no later kernel would have to copy it."""
+    made = dict(program.outputs)
+    stores: dict[str, list[str]] = {k.name: [] for k in kernels}
+    for i, k in enumerate(kernels):
+        for n in k.stores:
+            stores[next((e.name for e in kernels[:i] if made[n] in through(program, e)), k.name)].append(n)
+    return [Kernel(k.name, k.carries, k.saves, tuple(stores[k.name])) for k in kernels if k.carries or stores[k.name]]
 
 
 def _taken(program: Program, piece: Piece) -> set[int]:
@@ -143,7 +153,7 @@ def through(program: Program, k: Kernel) -> set[int]:
     for op in body:
         if inside & set(op.args):
             inside.add(op.id)
-            if op.dims == ("T", "V"):
+            if op.dims == ("T", "V") and not (op.kind == "map" and all(a in out or program.index[a].dims == ("1", "1") for a in op.args)):
                 out.add(op.id)
     return out
 

@@ -385,6 +385,7 @@ class _Writer:
                 at, mask = self._tile(value)
                 w(f"tl.store({at}, {self.plain[value.id]}.to(t_{value.id}.dtype.element_ty), mask={mask})")
                 making.remove(value)
+        assert not waiting and not making, "what a kernel leaves must come from its own operations"
         for c in self.carries:
             w(f"m_{c.name} = {self.f(c.out)}")
 
