@@ -283,21 +283,28 @@ def carry(scale: Tensor | None, transition: Tensor | None, constant: Tensor | No
     before, x_of = states.view(b * h, n, k, v).unbind(1), xs.view(b * h, n, -1 if v else 0, v).unbind(1)
     scales, transitions, constants = chunks(scale), chunks(transition), chunks(constant)
     lefts, rights, inners = chunks(left), chunks(right), chunks(inner)
-    for i in reversed(range(n)) if reverse else range(n):
+    order = list(reversed(range(n)) if reverse else range(n))
+    last = torch.empty_like(memory)
+    for i, after in zip(order, [*order[1:], None], strict=True):
         if owner is not None and fresh is not None and fresh[i]:
             memory = start[owner[i]]
-        before[i].copy_(memory)
-        new = None if constants is None else constants[i].expand_as(memory)
+        if memory is not before[i]:
+            before[i].copy_(memory)
+        # the next memory is worked out where it is to lie
+        memory, room = before[i], last if after is None else before[after]
+        new = None if constants is None else constants[i]
         if scales is not None:
-            new = memory * scales[i] if new is None else torch.addcmul(new, memory, scales[i])
+            new = torch.mul(memory, scales[i], out=room) if new is None else torch.addcmul(new, memory, scales[i], out=room)
         if transitions is not None:
-            new = transitions[i] @ memory if new is None else torch.baddbmm(new, transitions[i], memory)
+            new = torch.bmm(transitions[i], memory) if new is None else torch.baddbmm(new, transitions[i], memory)
         if lefts is not None and rights is not None:
-            x = rights[i] @ memory if inners is None else torch.baddbmm(inners[i], rights[i], memory)
+            x = torch.bmm(rights[i], memory) if inners is None else torch.baddbmm(inners[i], rights[i], memory)
             x_of[i].copy_(x)
-            new = lefts[i] @ x if new is None else torch.baddbmm(new, lefts[i], x)
+            new = torch.bmm(lefts[i], x) if new is None else torch.baddbmm(new, lefts[i], x)
         assert new is not None
-        memory = new
+        if new is not room:
+            room.copy_(new)
+        memory = room
         if owner is not None:
             ends[owner[i]] = memory
     return states, (memory.reshape(start.shape).clone() if owner is None else ends), xs

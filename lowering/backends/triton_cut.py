@@ -153,7 +153,8 @@ def through(program: Program, k: Kernel) -> set[int]:
     for op in body:
         if inside & set(op.args):
             inside.add(op.id)
-            if op.dims == ("T", "V") and not (op.kind == "map" and all(a in out or program.index[a].dims == ("1", "1") for a in op.args)):
+            scaled = op.kind == "map" and all(a in out or program.index[a].dims == ("1", "1") for a in op.args)
+            if op.dims == ("T", "V") and not scaled:
                 out.add(op.id)
     return out
 
