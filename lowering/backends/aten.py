@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lsmc.functions import FUNCTIONS
 from lsmc.ir import Builder, Carry, Dims, Op, Program, operand
-from lsmc.lowering.backends import aten_tiles
+from lsmc.lowering.backends import aten_carry, aten_tiles
 from lsmc.lowering.backends.aten_rewrites import Move, move, rewrite
 from lsmc.schedules import Schedule
 
@@ -94,8 +94,8 @@ class Compiled:
     def function(self) -> Callable[..., dict[str, Tensor]]:
         name = f"<lsmc aten {self.program.name} {self.hash}>"
         linecache.cache[name] = (len(self.source), None, self.source.splitlines(True), name)
-        scope: dict[str, object] = {"torch": torch, **{n: getattr(aten_tiles, n) for n in (
-            "cumsum", "mask", "between", "between_grad", "inverse", "add", "down", "far", "form", "form_grads", "carry")}}
+        scope: dict[str, object] = {"torch": torch, "carry": aten_carry.carry, **{n: getattr(aten_tiles, n) for n in (
+            "cumsum", "shift", "mask", "between", "between_grad", "inverse", "add", "down", "far", "form", "form_grads")}}
         exec(compile(self.source, name, "exec"), scope)
         return scope["run"]  # type: ignore[return-value]
 
@@ -213,6 +213,8 @@ def _source(op: Op, index: Mapping[int, Op]) -> str:
             return f"form_grads({', '.join(a)}, {op.attr('strict')}, {op.attr('before')})"
         case "item":
             return f"{a[0]}[{op.attr('place')}]"
-        case "cumsum" | "mask" | "between" | "between_grad" | "inverse" | "down" | "far":
+        case "cumsum":
+            return f"cumsum({a[0]}, reverse={op.attr('reverse')})"
+        case "shift" | "mask" | "between" | "between_grad" | "inverse" | "down" | "far":
             return f"{op.kind}({', '.join([*a, *(f'{k}={v}' for k, v in op.attrs)])})"
     raise AssertionError(f"no ATen source for {op.kind}")

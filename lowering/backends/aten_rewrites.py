@@ -41,14 +41,26 @@ class _Values(Builder):
         return self.map(expr, *operands)
 
     def summed(self, terms: list[int]) -> int:
-        """The sum of values, with running sums of one kind taken once, of the sum of what they sum."""
-        kinds: dict[tuple[object, ...], list[int]] = {}
+        """The sum of values, with running sums of one direction taken once, of the sum of what they sum."""
+        alone, running = [], {False: list[int](), True: list[int]()}
         for i in terms:
-            op = self.ops[i]
-            running = op.kind == "cumsum" and op.dims == self.dims(terms[0])
-            kinds.setdefault((op.kind, op.dims, op.attrs) if running else (i,), []).append(i)
-        return self.add(*(same[0] if len(same) == 1 else self.cumsum(
-            self.add(*(self.ops[i].args[0] for i in same)), **dict(self.ops[same[0]].attrs)) for same in kinds.values()))
+            sums = self.ops[self.ops[i].args[0] if self.ops[i].kind == "shift" else i]
+            if sums.kind != "cumsum" or sums.dims != self.dims(terms[0]):
+                alone.append(i)
+            else:
+                running[sums.attr("reverse")].append(i)
+        for reverse, same in running.items():
+            if len(same) < 2:
+                alone += same
+                continue
+            parts = [self.shift(self.ops[op.args[0]].args[0], reverse) if op.kind == "shift" else op.args[0]
+                     for op in (self.ops[i] for i in same)]
+            alone.append(self.cumsum(self.add(*parts), reverse=reverse))
+        return self.add(*alone)
+
+    def shift(self, a: int, reverse: bool) -> int:
+        """Every row moved to the next one (in reverse: the one before): what makes a running sum exclusive."""
+        return self.emit("shift", self.dims(a), a, reverse=reverse)
 
     def product(self, x: Factor, y: Factor) -> Factor | None:
         """x y, if it is there, as it stands or transposed."""
@@ -100,6 +112,10 @@ def rewrite(program: Program) -> Program:
             new[op.id] = b.emit("item", op.dims, all_three, place=place)
             if op is gate:
                 new[op.id] = b.cumsum(new[op.id], reverse=True)
+        elif op.kind == "cumsum":
+            new[op.id] = b.cumsum(args[0], reverse=op.attr("reverse"))
+            if op.attr("exclusive"):
+                new[op.id] = b.shift(new[op.id], op.attr("reverse"))
         elif op.kind == "form":
             new[op.id] = b.emit("form", op.dims, *args, *_decays(b, args[-1], op.attr("before")), wrt=op.attr("wrt"),
                                 strict=op.attr("strict"), before=op.attr("before"))
@@ -109,10 +125,10 @@ def rewrite(program: Program) -> Program:
     return Program(program.name, tuple(b.ops), carries, tuple((n, new[i]) for n, i in program.outputs))
 
 
-def _decays(b: Builder, g: int, before: bool) -> tuple[int, int, int]:
+def _decays(b: _Values, g: int, before: bool) -> tuple[int, int, int]:
     """e^G (of the token before), e^{−G} where it can be a factor, and whether it cannot be somewhere."""
     here = b.exp(b.cumsum(g))
-    up = b.exp(b.cumsum(g, exclusive=True)) if before else here
+    up = b.exp(b.shift(b.cumsum(g), reverse=False)) if before else here
     return up, b.emit("down", b.dims(g), here), b.emit("far", ("1", "1"), here)
 
 

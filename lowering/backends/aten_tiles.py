@@ -15,13 +15,37 @@ import torch
 from torch import Tensor
 
 
-def cumsum(x: Tensor, reverse: bool = False, exclusive: bool = False) -> Tensor:
-    """Running sum over the rows; exclusive ones are shifted, never subtracted, so −inf (an exact reset) is legal."""
-    if reverse:
-        return cumsum(x.flip(-2), exclusive=exclusive).flip(-2)
-    if exclusive:
-        x = torch.cat([torch.zeros_like(x[..., :1, :]), x[..., :-1, :]], -2)
-    return x.cumsum(-2)
+def cumsum(x: Tensor, reverse: bool = False) -> Tensor:
+    """Running sum over the rows, of sums alone: −inf (an exact reset) is legal."""
+    if x.shape[-1] > 1 and x.shape[-2] >= 16:
+        return _running(x, reverse)
+    return x.flip(-2).cumsum(-2).flip(-2) if reverse else x.cumsum(-2)
+
+
+def shift(x: Tensor, reverse: bool = False) -> Tensor:
+    """Every row moved to the next one (in reverse: the one before), 0 where none comes: exclusive from inclusive sums."""
+    zero = torch.zeros_like(x[..., :1, :])
+    return torch.cat([x[..., 1:, :], zero] if reverse else [zero, x[..., :-1, :]], -2)
+
+
+@torch.library.custom_op("lsmc::running", mutates_args=())
+def _running(x: Tensor, reverse: bool) -> Tensor:
+    """Running sums of 8 rows in every block of 8 at once, then of the blocks: each addition is over many numbers."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    step = -1 if reverse else 1
+    inputs, rows = (t.unflatten(-2, (-1, 8)).unbind(-2)[::step] for t in (x, out))
+    rows[0].copy_(inputs[0])
+    for before, new, row in zip(rows[:-1], inputs[1:], rows[1:], strict=True):
+        torch.add(before, new, out=row)
+    blocks = out.unflatten(-2, (-1, 8)).unbind(-3)[::step]
+    for before, block in zip(blocks[:-1], blocks[1:], strict=True):
+        block.add_(before[..., :1, :] if reverse else before[..., -1:, :])
+    return out
+
+
+@_running.register_fake
+def _(x: Tensor, reverse: bool) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def mask(x: Tensor, strict: bool) -> Tensor:
@@ -32,14 +56,16 @@ def between(g: Tensor, strict: bool, before: bool) -> Tensor:
     """D_ij = exp(sum of g over (j, i]) for j < i (j <= i unless strict); g: (…, C, 1), result (…, C, C)."""
     c = g.shape[-2]
     keep = torch.ones(c, c, dtype=torch.bool, device=g.device).tril(-1)
-    sums = cumsum(torch.where(keep, g, torch.zeros_like(g)), exclusive=before)
+    sums = cumsum(torch.where(keep, g, torch.zeros_like(g)))
+    sums = shift(sums) if before else sums
     keep = keep if strict else torch.ones_like(keep).tril()
     return torch.where(keep, sums, -torch.inf).exp()
 
 
 def between_grad(w: Tensor, before: bool) -> Tensor:
     """dg_l = sum of W_ij over j < l <= i (l < i when `before`): (…, C, C) to (…, C, 1)."""
-    return cumsum(w, reverse=True, exclusive=before).tril(-1).sum(-1, keepdim=True)
+    sums = cumsum(w, reverse=True)
+    return (shift(sums, reverse=True) if before else sums).tril(-1).sum(-1, keepdim=True)
 
 
 def inverse(lower: Tensor) -> Tensor:
@@ -162,7 +188,7 @@ def form_grads(p: Tensor, x: Tensor, y: Tensor, g: Tensor, up: Tensor, down: Ten
     inner, xs, ys = p.tril(-1), x * up, y * down
     to_x, to_y = inner @ ys, inner.mT @ xs
     d_up, d_down = xs.mul_(to_x), ys.mul_(to_y)
-    slope = (_later(d_up) if before else d_up).sub_(d_down)
+    slope = (shift(d_up, reverse=True) if before else d_up).sub_(d_down)
     dx, dy = to_x.mul_(up), to_y.mul_(down)
     if not strict:
         diagonal = p.diagonal(dim1=-2, dim2=-1)[..., None]
@@ -170,7 +196,7 @@ def form_grads(p: Tensor, x: Tensor, y: Tensor, g: Tensor, up: Tensor, down: Ten
         dy.addcmul_(diagonal, x)
     if far:
         rest = _form_grads_by_halving(inner, x, _beyond(y, down), Levels(g, before))
-        dx, dy, slope = dx.add_(rest[0]), dy.add_(_beyond(rest[1], down)), slope.add_(rest[2]).sub_(_later(rest[2]))
+        dx, dy, slope = dx.add_(rest[0]), dy.add_(_beyond(rest[1], down)), slope.add_(rest[2]).sub_(shift(rest[2], reverse=True))
     return dx, dy, slope
 
 
@@ -180,11 +206,6 @@ def _(p: Tensor, x: Tensor, y: Tensor, g: Tensor, up: Tensor, down: Tensor, far:
     lead = torch.broadcast_shapes(p.shape[:-2], x.shape[:-2], y.shape[:-2], up.shape[:-2])
     dx, dy, slope = (g.new_empty((*lead, *g.shape[-2:])) for _ in range(3))
     return dx, dy, slope
-
-
-def _later(x: Tensor) -> Tensor:
-    """Every row's next one, 0 for the last."""
-    return torch.cat([x[..., 1:, :], torch.zeros_like(x[..., :1, :])], -2)
 
 
 def _form_by_halving(wrt: str, x: Tensor, y: Tensor, levels: Levels, strict: bool) -> Tensor:
@@ -253,72 +274,6 @@ def _assemble(pair: Tensor, corner: Tensor) -> Tensor:
     a, b = pair.select(-3, 0), pair.select(-3, 1)
     top = torch.cat([a, torch.zeros_like(corner)], -1)
     return torch.cat([top, torch.cat([corner, b], -1)], -2)
-
-
-@torch.library.custom_op("lsmc::carry", mutates_args=())
-def carry(scale: Tensor | None, transition: Tensor | None, constant: Tensor | None, left: Tensor | None,
-          right: Tensor | None, inner: Tensor | None, start: Tensor, reset: Tensor | None,
-          reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The memories that reach each chunk, the last one, and x of each chunk, under
-    M ↦ scale ⊙ M + transition M + left x + constant, x = right M + inner.
-
-    scale: (B, H, N, K or 1, V or 1), transition: (B, H, N, K, K), left: (…, K, C), right: (…, C, K), inner: (…, C, V),
-    constant: (…, K, V), start: (B, H, K, V) → (B, H, N, K, V), (B, H, K, V), (B, H, N, C, V). For packed sequences B is
-    1, start is (S, H, K, V), and reset is (N,) int64: the sequence that (in the direction of the scan) begins with chunk
-    n as s, else −1 − s; ends are (S, H, K, V).
-    """
-    given = next(t for t in (constant, left, transition, scale) if t is not None)
-    b, h, n = given.shape[:3]
-    (k, v), ends, owner, fresh = start.shape[-2:], start.clone(), None, None
-    memory = start.reshape(-1, k, v)
-    if reset is not None:
-        owner, fresh = torch.where(reset >= 0, reset, -1 - reset).tolist(), (reset >= 0).tolist()
-        memory = torch.zeros_like(start[0])
-
-    def chunks(x: Tensor | None) -> list[Tensor] | None:
-        return None if x is None else list(x.reshape(b * h, n, *x.shape[-2:]).unbind(1))
-
-    states = start.new_empty((b, h, n, k, v))
-    xs = start.new_empty((b, h, n, left.shape[-1] if left is not None else 0, v))
-    before, x_of = states.view(b * h, n, k, v).unbind(1), xs.view(b * h, n, -1 if v else 0, v).unbind(1)
-    scales, transitions, constants = chunks(scale), chunks(transition), chunks(constant)
-    lefts, rights, inners = chunks(left), chunks(right), chunks(inner)
-    order = list(reversed(range(n)) if reverse else range(n))
-    last = torch.empty_like(memory)
-    for i, after in zip(order, [*order[1:], None], strict=True):
-        if owner is not None and fresh is not None and fresh[i]:
-            memory = start[owner[i]]
-        if memory is not before[i]:
-            before[i].copy_(memory)
-        # the next memory is worked out where it is to lie
-        memory, room = before[i], last if after is None else before[after]
-        new = None if constants is None else constants[i]
-        if scales is not None:
-            new = torch.mul(memory, scales[i], out=room) if new is None else torch.addcmul(new, memory, scales[i], out=room)
-        if transitions is not None:
-            new = torch.bmm(transitions[i], memory) if new is None else torch.baddbmm(new, transitions[i], memory)
-        if lefts is not None and rights is not None:
-            x = torch.bmm(rights[i], memory) if inners is None else torch.baddbmm(inners[i], rights[i], memory)
-            x_of[i].copy_(x)
-            new = torch.bmm(lefts[i], x) if new is None else torch.baddbmm(new, lefts[i], x)
-        assert new is not None
-        if new is not room:
-            room.copy_(new)
-        memory = room
-        if owner is not None:
-            ends[owner[i]] = memory
-    return states, (memory.reshape(start.shape).clone() if owner is None else ends), xs
-
-
-@carry.register_fake
-def _(scale: Tensor | None, transition: Tensor | None, constant: Tensor | None, left: Tensor | None,
-      right: Tensor | None, inner: Tensor | None, start: Tensor, reset: Tensor | None,
-      reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
-    given = next(t for t in (constant, left, transition, scale) if t is not None)
-    b, h, n = given.shape[:3]
-    return (start.new_empty((b, h, n, *start.shape[2:])),
-            torch.empty_like(start, memory_format=torch.contiguous_format),
-            start.new_empty((b, h, n, left.shape[-1] if left is not None else 0, start.shape[-1])))
 
 
 class Dense:
