@@ -56,11 +56,10 @@ def extents(plan: Plan, inputs: Sequence[Tensor], start: Sequence[Tensor] = ()) 
     dims: dict[str, int] = {"1": 1}
     heads = token = None
     like = inputs[0]
-    for op in plan.forward.program.inputs("token", "head"):
-        name = op.attr("name")
-        x, per_token = inputs[plan.inputs.index(name)], op.attr("role") == "token"
-        if op.dims[1] != "1":
-            dims[op.dims[1]] = x.shape[-1]
+    for place, name, per_token, last in plan.reads:
+        x = inputs[place]
+        if last != "1":
+            dims[last] = x.shape[-1]
         if name not in ("q", "k") or heads is None:
             heads = x.shape[2 if per_token else 0]
         if per_token and token is None:
@@ -88,13 +87,14 @@ def _start(plan: Plan, inputs: Sequence[Tensor], start: Sequence[Tensor], cu_seq
 def fwd(inputs: Sequence[Tensor], start: Sequence[Tensor], cu_seqlens: Tensor | None, spec: str) -> list[Tensor]:
     """Output (B, T, HV, V) and the final memories (B, HV, K, V or 1) of the method `spec`."""
     plan = _PLANS[spec]
-    start = _start(plan, inputs, start, cu_seqlens)
     size = extents(plan, inputs, start)
+    if size.batch * size.tokens == 0 or plan.forward.executable.needs_memories:
+        start = _start(plan, inputs, start, cu_seqlens)
     if size.batch * size.tokens == 0:  # no token: nothing to run
         return [size.like.new_empty(size.output), *(_own(s) for s in start)]
     with _as_given(size.like.device):
         outputs, ends = plan.forward.executable.launch(
-            dict(zip(plan.inputs, inputs, strict=True)), dict(zip(plan.carries, start, strict=True)), plan.chunk, cu_seqlens)
+            dict(zip(plan.inputs, inputs, strict=True)), dict(zip(plan.carries, start)), plan.chunk, cu_seqlens)
     own = _contiguous if plan.forward.executable.fresh else _own
     return [own(outputs["o"].to(size.like.dtype)), *(own(ends[c]) for c in plan.carries)]
 
@@ -104,10 +104,10 @@ def bwd(inputs: Sequence[Tensor], start: Sequence[Tensor], cu_seqlens: Tensor | 
         d_end: Sequence[Tensor], spec: str) -> list[Tensor]:
     """Gradients of `inputs`, then of the initial memories."""
     plan = _PLANS[spec]
-    first = _start(plan, inputs, start, cu_seqlens)
     if d_o.shape[0] * d_o.shape[1] == 0:
         return [*(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs), *map(_own, d_end)]
-    memories = dict(zip(plan.carries, first, strict=True))
+    first = _start(plan, inputs, start, cu_seqlens) if plan.backward.executable.needs_memories else start
+    memories = dict(zip(plan.carries, first))
     memories |= {f"d_{c}": d for c, d in zip(plan.carries, d_end, strict=True)}
     with _as_given(d_o.device):
         outputs, ends = plan.backward.executable.launch(
@@ -161,6 +161,34 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
 def _no_second(ctx: Any, *grads: Any) -> Any:
     raise LsmDerivativeError("LSM operators have first derivatives only; this asks for the derivative of a gradient",
                              help="leave out create_graph=True, or differentiate lsmc.reference(...)")
+
+
+class _Eager(torch.autograd.Function):
+    """`lsmc::fwd` with its derivative, tensor by tensor: lists of tensors cost an eager call several times as much."""
+
+    @staticmethod
+    def forward(spec: str, counted: int, cu_seqlens: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.ops.lsmc.fwd(list(tensors[:counted]), list(tensors[counted:]), cu_seqlens, spec))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        spec, counted, cu_seqlens, *tensors = inputs
+        ctx.set_materialize_grads(False)
+        _save(ctx, (tensors[:counted], tensors[counted:], cu_seqlens, spec), list(output))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        inputs, start, _, _ = _backward(ctx, grads)
+        return None, None, None, *inputs, *start
+
+
+def run(inputs: Sequence[Tensor], start: Sequence[Tensor], cu_seqlens: Tensor | None, spec: str) -> Sequence[Tensor]:
+    """`lsmc::fwd`, differentiable: the operator itself where a graph is made of it, else by the shorter way."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not any(x.requires_grad for x in (*inputs, *start)):
+        out: list[Tensor] = torch.ops.lsmc.fwd(inputs, start, cu_seqlens, spec)
+        return out
+    eager: tuple[Tensor, ...] = _Eager.apply(spec, len(inputs), cu_seqlens, *inputs, *start)
+    return eager
 
 
 torch.library.register_autograd("lsmc::fwd", _backward, setup_context=_save)

@@ -23,6 +23,7 @@ class Executable(Protocol):
     source: str
     hash: str
     fresh: bool  # results are new tensors, never views of inputs or of each other
+    needs_memories: bool  # else a memory that is not given is zero
 
     def launch(self, inputs: Mapping[str, Tensor], memories: Mapping[str, Tensor], chunk: int,
                cu_seqlens: Tensor | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]: ...
@@ -73,11 +74,18 @@ class Plan:
         text = f"{self.forward.executable.hash}{self.backward.executable.hash}{self.chunk}"
         return f"{self.name}:{self.forward.target}:{hashlib.sha256(text.encode()).hexdigest()[:20]}"
 
-    @property
+    @cached_property
     def inputs(self) -> tuple[str, ...]:
+        gradients = dict(self.backward.program.outputs)
         return tuple(op.attr("name") for op in self.backward.program.inputs("token", "head")
-                     if f"d_{op.attr('name')}" in dict(self.backward.program.outputs))
+                     if f"d_{op.attr('name')}" in gradients)
 
-    @property
+    @cached_property
+    def reads(self) -> tuple[tuple[int, str, bool, str], ...]:
+        """What the forward program reads: its place among the inputs, name, whether per token, last dimension."""
+        return tuple((self.inputs.index(op.attr("name")), op.attr("name"), op.attr("role") == "token", op.dims[1])
+                     for op in self.forward.program.inputs("token", "head"))
+
+    @cached_property
     def carries(self) -> tuple[str, ...]:
         return tuple(c.name for c in self.forward.program.carries)

@@ -120,7 +120,7 @@ def call(declaration: LSM, *, initial_state: State | None = None, return_final_s
         start = [s.to(dtype) for s in given]
         if normalizer:
             start[1] = start[1][..., None]
-    o, *ends = torch.ops.lsmc.fwd([tensors[n] for n in names], start, cu_seqlens, spec)
+    o, *ends = ops.run([tensors[n] for n in names], start, cu_seqlens, spec)
     if not return_final_state:
         return o
     if normalizer:

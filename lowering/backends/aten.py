@@ -84,6 +84,7 @@ class Compiled:
     """The ATen form of one program under one schedule: printable source and a callable on tensors."""
 
     fresh = False
+    needs_memories = True
 
     def __init__(self, program: Program, schedule: Schedule) -> None:
         self.program, self.schedule = program, schedule

@@ -16,22 +16,28 @@ from lsmc.ir import Dims, Program
 from lsmc.lowering import kernels
 from lsmc.lowering.backends import triton_tiles
 from lsmc.lowering.backends.triton_emit import Emitted, emit
+from lsmc.lowering.backends.triton_record import Launched, Likeness, Recording, Room, likeness, recordable
 from lsmc.lowering.backends.triton_sums import gather
 from lsmc.schedules import Schedule
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+RECORDINGS = 256
+"""Launches of one program that are remembered."""
 
 
 class Compiled:
     """The Triton form of one program under one schedule: printable source and a launch on tensors."""
 
     fresh = True
+    needs_memories = False
 
     def __init__(self, program: Program, schedule: Schedule) -> None:
         self.program, self.schedule = gather(program), schedule
         self.source, self.kernels = emit(self.program, schedule)
         self.hash = kernels.digest(self.source + getsource(triton_tiles))
         self.plans: dict[str, dict[str, int]] = {}  # by kernel: what a tuner found, over `plan_of`
+        self.recordings: dict[Likeness, _Recorded] = {}
 
     @cached_property
     def functions(self) -> dict[str, Any]:
@@ -46,10 +52,54 @@ class Compiled:
         inputs: (B, T, H or HV, D) or (B, T, HV) tokens and (HV,) or (HV, D) constants; memories: float32 (N, HV, K, V) where
         each carry starts (reversed ones at the end of time), None for zeros; dtypes: of outputs, where not the inputs'.
         """
+        device = next(iter(inputs.values())).device
+        if device.type != "cuda" or self._traced():
+            return self._launch(inputs, memories, chunk, cu_seqlens, dtypes).finish()
+        key = (chunk, *(dtypes or {}).items(), *likeness([*inputs.items(), *memories.items(), ("cu", cu_seqlens)]))
+        with torch.cuda.device(device):
+            if key in self.recordings:
+                return self.recordings[key].repeat(inputs, memories, cu_seqlens)
+            run = self._launch(inputs, memories, chunk, cu_seqlens, dtypes)
+            if all(recordable(done.kernel) for done in run.launched):
+                if len(self.recordings) >= RECORDINGS:
+                    self.recordings.clear()
+                self.recordings[key] = _Recorded(run)
+            return run.finish()
+
+    def _launch(self, inputs: Mapping[str, Tensor], memories: Mapping[str, Tensor | None], chunk: int,
+                cu_seqlens: Tensor | None, dtypes: Mapping[str, torch.dtype] | None) -> _Launch:
         run = _Launch(self, inputs, memories, chunk, cu_seqlens, dtypes or {})
         for k in self.kernels:
             run.kernel(k)
-        return run.finish()
+        return run
+
+    def _traced(self) -> bool:
+        """Whether launches go into a graph: elsewhere a kernel that is wrapped for tracing is the kernel itself."""
+        first = next(iter(self.functions.values()))
+        return torch.library.wrap_triton(first) is not first
+
+
+class _Recorded:
+    """A finished launch, without its tensors, and what is done around its kernels."""
+
+    def __init__(self, run: _Launch) -> None:
+        given = [*(f"p_{n}" for n in run.inputs), *(f"i_{c}" for c, m in run.memories.items() if m is not None)]
+        given += ["cu", "first", "owner"] if run.packed else []
+        self.kernels = Recording(run.launched, run.rooms, [*run.outputs.values(), *run.ends.values()], given)
+        self.names = [n for r in run.rooms for group in (run.outputs, run.ends) for n, x in group.items() if x is r.tensor]
+        self.chunk, self.chunks, self.heads, self.parts, self.dtypes = run.chunk, run.chunks, run.heads, run.parts, run.dtypes
+        self.rows = {op.attr("name"): op.dims[1] != "1" for op in run.program.inputs("token", "head")}
+
+    def repeat(self, inputs: Mapping[str, Tensor], memories: Mapping[str, Tensor | None],
+               cu_seqlens: Tensor | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        ready = {n: _rows(inputs[n], wide) for n, wide in self.rows.items()}
+        given = {f"p_{n}": x for n, x in ready.items()}
+        given |= {f"i_{c}": m.contiguous() for c, m in memories.items() if m is not None}
+        if cu_seqlens is not None:
+            given |= zip(("cu", "first", "owner"), tables(cu_seqlens, self.chunk, self.chunks), strict=True)
+        made = dict(zip(self.names, self.kernels.repeat(given, next(iter(ready.values())).device), strict=True))
+        outputs = {n: made[n] for n in self.parts}
+        return finish(outputs, ready, self.parts, self.heads, self.dtypes), {n: x for n, x in made.items() if n not in outputs}
 
 
 class _Launch:
@@ -65,8 +115,8 @@ class _Launch:
         self.heads, tokens = 1, None
         for op in self.program.inputs("token", "head"):
             x = inputs[op.attr("name")]
+            x = _rows(x, op.dims[1] != "1")
             if op.dims[1] != "1":
-                x = x if x.stride(-1) == 1 else x.contiguous()
                 self.size[op.dims[1]] = x.shape[-1]
             self.inputs[op.attr("name")] = x
             token = op.attr("role") == "token"
@@ -86,26 +136,20 @@ class _Launch:
             self.sequences, self.chunks = self.batch, self.batch * self.per_sequence
             self.cu = self.first = self.owner = tokens
         else:
-            self._pack(cu_seqlens)
+            self.sequences = cu_seqlens.shape[0] - 1
+            self.chunks = self.tokens // chunk + self.sequences
+            self.cu, self.first, self.owner = tables(cu_seqlens, chunk, self.chunks)
+        self.rooms: list[Room] = []
+        self.launched: list[Launched] = []
         self.saved: dict[str, Tensor] = {}
         self.flags: Tensor | None = None
         self.outputs: dict[str, Tensor] = {}
         self.parts: dict[str, int] = {}
         self.ends: dict[str, Tensor] = {}
 
-    def _pack(self, cu_seqlens: Tensor) -> None:
-        """Tables of the chunks of packed sequences, made on the device: nothing waits for it."""
-        self.sequences = cu_seqlens.shape[0] - 1
-        self.chunks = self.tokens // self.chunk + self.sequences
-        counts = (cu_seqlens.diff() + self.chunk - 1) // self.chunk
-        ends = counts.cumsum(0)
-        chunks = torch.arange(self.chunks, device=self.device)
-        owner = torch.searchsorted(ends, chunks.to(ends.dtype), right=True)
-        self.owner = torch.where(owner < self.sequences, owner, -1).to(torch.int32)
-        self.cu, self.first = cu_seqlens.contiguous(), ends - counts
-
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.device)
+    def room(self, shape: tuple[int, ...], dtype: torch.dtype, zero: bool = False) -> Tensor:
+        self.rooms.append(Room((torch.zeros if zero else torch.empty)(shape, dtype=dtype, device=self.device), zero))
+        return self.rooms[-1].tensor
 
     def kernel(self, k: Emitted) -> None:
         programs, args = self.arguments(k)
@@ -113,7 +157,9 @@ class _Launch:
             function = self.compiled.functions[k.name]
             if self.device.type == "cuda":
                 function = torch.library.wrap_triton(function)
-            function[(programs,)](**args)
+            made = function[(programs,)](**args)
+            names = getattr(function, "arg_names", ())
+            self.launched.append(Launched(made, programs, {n: args[n] for n in names}))
 
     def arguments(self, k: Emitted) -> tuple[int, dict[str, Any]]:
         """How many programs to launch, and with what; makes room for what the kernel writes."""
@@ -129,21 +175,21 @@ class _Launch:
         for c in k.carries:
             r, v = (self.size[d] for d in self.program.index[c.inp].dims)
             m = self.memories.get(c.name)
-            self.ends[c.name] = self.empty((self.sequences, self.heads, r, v), torch.float32)
+            self.ends[c.name] = self.room((self.sequences, self.heads, r, v), torch.float32)
             args |= {f"i_{c.name}": self.like if m is None else m.contiguous(), f"e_{c.name}": self.ends[c.name],
                      f"HAS_{c.name}": m is not None}
             if c.name in k.kernel.saves:
-                args[f"s_{c.name}"] = self.saved[c.name] = self.empty((self.chunks, self.heads, r, v), self.like.dtype)
+                args[f"s_{c.name}"] = self.saved[c.name] = self.room((self.chunks, self.heads, r, v), self.like.dtype)
         for c in k.loads:
             args[f"s_{c.name}"] = self.saved[c.name]
         for op in k.makes if k.how != "slow" else ():
             rows, last = (self.chunk if d == "T" else self.size[d] for d in op.dims)
             dtype = self.like.dtype if op.dims[0] == "T" else torch.float32
-            self.saved[f"t_{op.id}"] = self.empty((self.chunks, self.heads, rows, last), dtype)
+            self.saved[f"t_{op.id}"] = self.room((self.chunks, self.heads, rows, last), dtype)
         args |= {f"t_{op.id}": self.saved[f"t_{op.id}"] for op in (*k.makes, *k.takes)}
         if k.how:
             if self.flags is None:
-                self.flags = self.empty((self.chunks * self.heads,), torch.int32)
+                self.flags = self.room((self.chunks * self.heads,), torch.int32)
             args["flags"] = self.flags
         exact = self.type == tl.float32
         if exact and k.how == "slow":
@@ -171,25 +217,45 @@ class _Launch:
         parts = (blocks,) if blocks else ()
         self.parts[name] = blocks
         if dims[0] != "T":
-            make = torch.zeros if self.packed else torch.empty
-            return make((*parts, self.chunks, self.heads, *last), dtype=torch.float32, device=self.device)
+            return self.room((*parts, self.chunks, self.heads, *last), torch.float32, zero=self.packed)
         dtype = self.dtypes.get(name, self.like.dtype if source is None else source.dtype)
         if blocks or source is not None and source.shape[2] != self.heads:
             dtype = torch.float32
-        return self.empty((*parts, self.batch, self.tokens, self.heads, *last), dtype)
+        return self.room((*parts, self.batch, self.tokens, self.heads, *last), dtype)
 
     def finish(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Sums over what kernels left apart: blocks, value heads that share a query/key head, chunks of per-head gradients."""
-        for name, x in self.outputs.items():
-            source = self.inputs.get(name[2:]) if name.startswith("d_") else None
-            if self.parts[name]:
-                x = x.sum(0)
-            if source is not None and x.ndim > 2 and source.ndim > 2 and source.shape[2] != x.shape[2]:
-                x = x.unflatten(2, (source.shape[2], -1)).sum(3)
-            elif source is not None and source.shape[0] == self.heads and x.shape[1:] == source.shape:
-                x = x.sum(0)
-            self.outputs[name] = x if source is None else x.to(self.dtypes.get(name, source.dtype))
-        return self.outputs, self.ends
+        return finish(self.outputs, self.inputs, self.parts, self.heads, self.dtypes), self.ends
+
+
+def _rows(x: Tensor, wide: bool) -> Tensor:
+    """An input as kernels read it: the numbers of a row lie side by side."""
+    return x if not wide or x.stride(-1) == 1 else x.contiguous()
+
+
+def tables(cu_seqlens: Tensor, chunk: int, chunks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where packed sequences begin, their first chunks, and the sequence of each chunk (−1 for none), made on the device:
+    nothing waits for it."""
+    counts = (cu_seqlens.diff() + chunk - 1) // chunk
+    ends = counts.cumsum(0)
+    owner = torch.searchsorted(ends, torch.arange(chunks, device=cu_seqlens.device).to(ends.dtype), right=True)
+    owner = torch.where(owner < counts.shape[0], owner, -1).to(torch.int32)
+    return cu_seqlens.contiguous(), ends - counts, owner
+
+
+def finish(outputs: Mapping[str, Tensor], inputs: Mapping[str, Tensor], parts: Mapping[str, int], heads: int,
+           dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+    """Sums over what kernels left apart: blocks, value heads that share a query/key head, chunks of per-head gradients."""
+    out = {}
+    for name, x in outputs.items():
+        source = inputs.get(name[2:]) if name.startswith("d_") else None
+        if parts[name]:
+            x = x.sum(0)
+        if source is not None and x.ndim > 2 and source.ndim > 2 and source.shape[2] != x.shape[2]:
+            x = x.unflatten(2, (source.shape[2], -1)).sum(3)
+        elif source is not None and source.shape[0] == heads and x.shape[1:] == source.shape:
+            x = x.sum(0)
+        out[name] = x if source is None else x.to(dtypes.get(name, source.dtype))
+    return out
 
 
 def plan_of(k: Emitted, key: int, value: int, sequences: int, chunk: int) -> dict[str, int]:
