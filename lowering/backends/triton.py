@@ -262,5 +262,5 @@ def plan_of(k: Emitted, key: int, value: int, sequences: int, chunk: int) -> dic
     """Block sizes, warps and pipeline stages of one launch."""
     size = {"K": max(16, triton.next_power_of_2(key)), "V": max(16, triton.next_power_of_2(value))}
     if k.split:
-        size[k.split] = min(size[k.split], 64)
+        size[k.split] = min(size[k.split], k.block)
     return {"BK": size["K"], "BV": size["V"], "num_warps": 4, "num_stages": 2 if k.scan else 1}

@@ -108,6 +108,23 @@ def splits(program: Program, kernel: Kernel, known: Iterable[int]) -> dict[str, 
     return found
 
 
+def chain(program: Program, piece: Piece) -> int:
+    """Products, one after the other, between a memory before a chunk and after it."""
+    inside = {op.id for op in program.ancestors(piece.roots(program), piece.known)}
+    longest = {c.inp: 0 for c in program.carries if c.name in piece.kernel.carries}
+    for op in program.ops:
+        before = [longest[a] for a in op.args if a in longest]
+        if op.id in inside and before:
+            longest[op.id] = max(before) + (op.kind == "matmul" and "1" not in op.dims)
+    return max((longest.get(c.out, 0) for c in program.carries if c.name in piece.kernel.carries), default=0)
+
+
+def block(program: Program, piece: Piece) -> int:
+    """Columns of the split dimension that one program takes at most: fewer where products wait for each other, because the
+    programs that share a processor then fill each other's waits."""
+    return 32 if chain(program, piece) > 1 else 64
+
+
 def pieces(program: Program, schedule: Schedule) -> tuple[Piece, ...]:
     """The launches of a schedule, in order."""
     dear = costly(program, schedule)

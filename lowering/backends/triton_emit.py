@@ -17,7 +17,7 @@ import sympy
 from lsmc.factors import factor
 from lsmc.functions import FUNCTIONS
 from lsmc.ir import Carry, Dims, Op, Program, operand
-from lsmc.lowering.backends.triton_cut import Piece, pieces, shares
+from lsmc.lowering.backends.triton_cut import Piece, block, pieces, shares
 from lsmc.lowering.kernels import digest
 from lsmc.schedules import Kernel, Schedule
 from lsmc.schedules.order import order
@@ -43,6 +43,7 @@ class Emitted:
     makes: tuple[Op, ...]
     takes: tuple[Op, ...]
     split: str | None
+    block: int
     how: str
     source: str
 
@@ -232,7 +233,7 @@ class _Writer:
         source = self._signature() + "\n".join(self.lines) + "\n"
         partial = frozenset(n for n, op in self.stores if op.id in self.part)
         return Emitted(self.name, self.kernel, self.inputs, self.stores, partial, self.carries, self.loads, self.makes,
-                       self.takes, self.split, self.how, source)
+                       self.takes, self.split, block(self.program, self.piece), self.how, source)
 
     def _choose(self) -> None:
         """Leave the chunks that the other of a pair of kernels does."""

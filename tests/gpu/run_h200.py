@@ -169,14 +169,16 @@ def worker(name: str, until: float, full: bool) -> None:
 
 
 WHOLE = [{"num_warps": 8}, {"num_warps": 4}, {"num_warps": 8, "maxnreg": 128}, {"num_warps": 4, "maxnreg": 168}]
-SPLIT = [{"num_warps": 4, "block": 64}, {"num_warps": 4, "block": 32}, {"num_warps": 4, "block": 32, "maxnreg": 168},
-         {"num_warps": 4, "block": 64, "maxnreg": 168}]
+SPLIT = [{"num_warps": 4, "block": 64}, {"num_warps": 4, "block": 32}, {"num_warps": 4, "block": 64, "maxnreg": 168},
+         {"num_warps": 8, "block": 64}, {"num_warps": 8, "block": 128}, {"num_warps": 4, "block": 128}]
 
 
 def candidates(k: Any) -> list[dict[str, int]]:
     """Plans to try for one kernel, over the default one."""
+    if k.how == "slow":
+        return []
     if k.scan:
-        return [{}]
+        return [{}, {"num_stages": 1}, {"num_stages": 3}, {"num_warps": 8}] + [{f"B{k.split}": 32}] * bool(k.split)
     if k.split is None:
         return WHOLE
     return [{f"B{k.split}" if n == "block" else n: x for n, x in plan.items()} for plan in SPLIT]

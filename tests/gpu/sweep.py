@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -61,21 +62,40 @@ def compile_one(job: tuple[str, str, int, str, dict[str, int]]) -> str:
     return ""
 
 
-def time_all(group: list[tuple[str, str, int, str, dict[str, int]]], shapes: list[str]) -> list[Any]:
-    """The times of one method's candidates; what is measured before a crash is lost with it."""
-    rows = []
-    for shape in shapes:
-        for name, schedule, chunk, kernel, plan in group:
-            if not plan and "slow" in kernel:
-                continue
-            run, k = prepared(name, schedule, chunk, shape)[kernel]
-            run.compiled.plans[k.name] = plan
-            programs, args = run.arguments(k)  # outside of the graph, whose memory goes with it
-            function = run.compiled.functions[k.name][(programs,)]
-            took = milliseconds(lambda function=function, args=args: function(**args), 5)
-            rows.append((shape, name, schedule, chunk, kernel, took, plan))
-        prepared.cache_clear()
-        torch.cuda.empty_cache()
+def time_all(group: list[tuple[str, str, int, str, dict[str, int]]], shape: str, results: Any) -> None:
+    """Puts the times of candidates, one by one: what was measured before a crash is kept."""
+    for name, schedule, chunk, kernel, plan in group:
+        run, k = prepared(name, schedule, chunk, shape)[kernel]
+        run.compiled.plans[k.name] = plan
+        programs, args = run.arguments(k)  # outside of the graph, whose memory goes with it
+        function = run.compiled.functions[k.name][(programs,)]
+        try:
+            results.put(milliseconds(lambda function=function, args=args: function(**args), 5))
+        except torch.AcceleratorError:
+            os._exit(1)  # named by who waits for the result
+
+
+def time_apart(group: list[tuple[str, str, int, str, dict[str, int]]], shape: str, until: float) -> list[Any]:
+    """The times of candidates in processes of their own: one that breaks the device is named, the rest goes on."""
+    rows, context = [], get_context("spawn")
+    while group and time.time() < until:
+        results = context.Queue()
+        worker = context.Process(target=time_all, args=(group, shape, results))
+        worker.start()
+        while group:
+            try:
+                took = results.get(timeout=1)
+            except Empty:
+                if worker.is_alive() and time.time() < until:
+                    continue
+                break
+            rows.append((shape, *group[0][:4], took, group[0][4]))
+            group = group[1:]
+        worker.kill()
+        worker.join()
+        if group and time.time() < until:
+            print("broke the device:", *group[0])
+            group = group[1:]
     return rows
 
 
@@ -85,6 +105,7 @@ def main() -> None:
     p.add_argument("--schedules", default="fused,two_pass")
     p.add_argument("--chunks", default="64")
     p.add_argument("--shapes", default="large,paper")
+    p.add_argument("--only", default="", help="kernels whose names contain one of these words")
     p.add_argument("--seconds", type=float, default=300)
     p.add_argument("--out", default="sweep.json")
     a = p.parse_args()
@@ -93,12 +114,13 @@ def main() -> None:
     for name, schedule, chunk in itertools.product(a.methods.split(","), a.schedules.split(","), map(int, a.chunks.split(","))):
         for compiled in make(name, schedule, chunk)[1:3]:
             for k in compiled.kernels:
-                jobs += [(name, schedule, chunk, k.name, plan) for plan in candidates(k)]
+                if any(word in k.name for word in a.only.split(",")):
+                    jobs += [(name, schedule, chunk, k.name, plan) for plan in candidates(k)]
     failed, done = [], set()
     with ProcessPoolExecutor(15, mp_context=get_context("spawn")) as pool:
         futures = {pool.submit(compile_one, j): i for i, j in enumerate(jobs)}
         try:
-            for f in as_completed(futures, timeout=a.seconds):
+            for f in as_completed(futures, timeout=a.seconds / 2):
                 if f.result():
                     failed.append(f.result())
                 else:
@@ -110,12 +132,9 @@ def main() -> None:
     print(f"{len(done)} of {len(jobs)} compiled in {time.time() - begin:.0f} s; failed: {len(failed)}", *failed[:4], sep="\n")
     rows = []
     good = [j for i, j in enumerate(jobs) if i in done]
-    for key, group in itertools.groupby(good, key=lambda j: j[0]):
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            try:
-                rows += pool.submit(time_all, list(group), a.shapes.split(",")).result(timeout=100)
-            except Exception as e:
-                print(key, "failed:", str(e)[:80])
+    for shape in a.shapes.split(","):
+        for _, group in itertools.groupby(good, key=lambda j: j[0]):
+            rows += time_apart(list(group), shape, begin + a.seconds)
     rows.sort(key=lambda r: (r[0], r[1], r[2], r[3]))
     Path(a.out).write_text(json.dumps(rows))
     total: dict[tuple[str, str, str, int], list[float]] = {}
