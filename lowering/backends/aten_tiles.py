@@ -62,10 +62,12 @@ def between(g: Tensor, strict: bool, before: bool) -> Tensor:
     return torch.where(keep, sums, -torch.inf).exp()
 
 
-def between_grad(w: Tensor, before: bool) -> Tensor:
-    """dg_l = sum of W_ij over j < l <= i (l < i when `before`): (…, C, C) to (…, C, 1)."""
-    sums = cumsum(w, reverse=True)
-    return (shift(sums, reverse=True) if before else sums).tril(-1).sum(-1, keepdim=True)
+def crossing(w: Tensor, before: bool) -> Tensor:
+    """Of W_ij what starts to cross token l less what ends: its sum from l on is dg_l = sum of W_ij over j < l <= i (l < i
+    when `before`); (…, C, C) to (…, C, 1)."""
+    pairs = w.tril(-1)
+    starts = pairs.sum(-1, keepdim=True)
+    return (shift(starts, reverse=True) if before else starts) - pairs.sum(-2, keepdim=True).mT
 
 
 def inverse(lower: Tensor) -> Tensor:
