@@ -28,7 +28,8 @@ def carry(scale: Tensor | None, transition: Tensor | None, constant: Tensor | No
     """
     given = next(t for t in (constant, left, transition, scale) if t is not None)
     (b, h, n), (k, v) = given.shape[:3], start.shape[-2:]
-    parts = [None if x is None else x.reshape(b * h, n, *x.shape[-2:]) for x in (scale, transition, constant, left, right, inner)]
+    parts = [None if x is None else x.reshape(b * h, n, *x.shape[-2:])
+             for x in (scale, transition, constant, left, right, inner)]
     states = start.new_empty((b * h, n, k, v))
     xs = start.new_empty((b * h, n, left.shape[-1] if left is not None else 0, v))
     if reset is not None:

@@ -127,8 +127,9 @@ def rewrite(program: Program) -> Program:
             gate, place = together[op.id]
             operands = [new[a] for a in gate.args]
             decays = _decays(b, operands[-1], gate.attr("before"))
-            all_three = b.emit("partials", b.dims(operands[-1]), *operands, *decays, strict=gate.attr("strict"),
-                               before=gate.attr("before"))
+            scaled = b.mul(operands[1], decays[0]), b.mul(operands[2], decays[1])
+            all_three = b.emit("partials", b.dims(operands[-1]), *operands[:-1], *scaled, operands[-1], *decays,
+                               strict=gate.attr("strict"), before=gate.attr("before"))
             new[op.id] = b.emit("item", op.dims, all_three, place=place)
             if op is gate:
                 new[op.id] = b.cumsum(new[op.id], reverse=True)
@@ -146,8 +147,11 @@ def rewrite(program: Program) -> Program:
             if op.attr("exclusive"):
                 new[op.id] = b.shift(new[op.id], op.attr("reverse"))
         elif op.kind == "form":
-            new[op.id] = b.emit("form", op.dims, *args, *_decays(b, args[-1], op.attr("before")), wrt=op.attr("wrt"),
-                                strict=op.attr("strict"), before=op.attr("before"))
+            (x, y, g), wrt = args, op.attr("wrt")
+            decays = _decays(b, g, op.attr("before"))
+            scaled = b.mul(x, decays[0]) if wrt == "P" else x, b.mul(y, decays[0 if wrt == "Y" else 1])
+            new[op.id] = b.emit("form", op.dims, x, y, *scaled, g, *decays, wrt=wrt, strict=op.attr("strict"),
+                                before=op.attr("before"))
         else:
             new[op.id] = b.emit(op.kind, op.dims, *args, **dict(op.attrs))
     carries = tuple(Carry(c.name, new[c.inp], new[c.out], c.reverse) for c in program.carries)
