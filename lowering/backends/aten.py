@@ -96,7 +96,7 @@ class Compiled:
         name = f"<lsmc aten {self.program.name} {self.hash}>"
         linecache.cache[name] = (len(self.source), None, self.source.splitlines(True), name)
         scope: dict[str, object] = {"torch": torch, "carry": aten_carry.carry, **{n: getattr(aten_tiles, n) for n in (
-            "cumsum", "shift", "mask", "between", "between_grad", "inverse", "add", "down", "far", "form", "form_grads")}}
+            "cumsum", "shift", "mask", "between", "crossing", "inverse", "add", "down", "far", "form", "form_grads")}}
         exec(compile(self.source, name, "exec"), scope)
         return scope["run"]  # type: ignore[return-value]
 
@@ -216,6 +216,6 @@ def _source(op: Op, index: Mapping[int, Op]) -> str:
             return f"{a[0]}[{op.attr('place')}]"
         case "cumsum":
             return f"cumsum({a[0]}, reverse={op.attr('reverse')})"
-        case "shift" | "mask" | "between" | "between_grad" | "inverse" | "down" | "far":
+        case "shift" | "mask" | "between" | "crossing" | "inverse" | "down" | "far":
             return f"{op.kind}({', '.join([*a, *(f'{k}={v}' for k, v in op.attrs)])})"
     raise AssertionError(f"no ATen source for {op.kind}")

@@ -2,7 +2,7 @@
 
 A memory that only decays and grows is scanned in two levels: in all groups of √N chunks at once from zero, then over the
 groups, then both are joined. Each operation is then over many numbers, which a CPU needs to be fast. One that is also
-multiplied by matrices goes chunk by chunk. Every value is written where it is to lie.
+multiplied by matrices goes chunk by chunk.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def carry(scale: Tensor | None, transition: Tensor | None, constant: Tensor | No
     """
     given = next(t for t in (constant, left, transition, scale) if t is not None)
     (b, h, n), (k, v) = given.shape[:3], start.shape[-2:]
-    parts = [None if x is None else x.reshape(b * h, n, *x.shape[-2:]) for x in (scale, transition, constant, left, right, inner)]
+    parts = [None if x is None else x.reshape(b * h, n, *x.shape[-2:])
+             for x in (scale, transition, constant, left, right, inner)]
     states = start.new_empty((b * h, n, k, v))
     xs = start.new_empty((b * h, n, left.shape[-1] if left is not None else 0, v))
     if reset is not None:
@@ -52,23 +53,29 @@ def _(scale: Tensor | None, transition: Tensor | None, constant: Tensor | None, 
 
 
 def _steps(parts: list[Tensor | None], memory: Tensor, states: Tensor, xs: Tensor, order: range) -> Tensor:
-    """One chunk after the other in this order; fills `states` and `xs` and returns the last memory."""
+    """One chunk after the other in this order; fills `states` and `xs` and returns the last memory.
+
+    Products are written where they lie close together, which a batch of them needs to be one call, and copied.
+    """
     scales, transitions, constants, lefts, rights, inners = (None if x is None else x.unbind(1) for x in parts)
     before, x_of = states.unbind(1), xs.unbind(1)
-    before[order[0]].copy_(memory)
-    for i, room in zip(order, [*(before[i] for i in order[1:]), torch.empty_like(memory)], strict=True):
-        new, memory = None if constants is None else constants[i], before[i]
+    memory = memory.clone(memory_format=torch.contiguous_format)
+    room, x = torch.empty_like(memory), xs.new_empty((*memory.shape[:-2], *xs.shape[-2:]))
+    for i in order:
+        before[i].copy_(memory)
+        new = None if constants is None else constants[i]
         if scales is not None:
             new = torch.mul(memory, scales[i], out=room) if new is None else torch.addcmul(new, memory, scales[i], out=room)
         if transitions is not None:
             new = _add_product(new, transitions[i], memory, room)
         if lefts is not None and rights is not None:
-            _add_product(None if inners is None else inners[i], rights[i], memory, x_of[i])
-            new = _add_product(new, lefts[i], x_of[i], room)
+            x_of[i].copy_(_add_product(None if inners is None else inners[i], rights[i], memory, x))
+            new = _add_product(new, lefts[i], x, room)
         if new is not room:
             assert new is not None
             room.copy_(new)
-    return room
+        memory, room = room, memory
+    return memory
 
 
 def _add_product(x: Tensor | None, a: Tensor, b: Tensor, out: Tensor) -> Tensor:

@@ -87,6 +87,26 @@ class _Values(Builder):
             x, y = there, parts[1]
         return self.matmul(x[0], y[0], ta=x[1], tb=y[1])
 
+    def product_of(self, x: int) -> list[int]:
+        """The values whose elementwise product x is."""
+        op = self.ops[x]
+        if op.kind != "map" or op.attr("expr") != sympy.Mul(*(operand(i) for i in range(len(op.args)))):
+            return [x]
+        return [f for a in op.args for f in self.product_of(a)]
+
+    def turned(self, x: int, products: set[tuple[Factor, Factor]]) -> int:
+        """A value with the row sums of x; where x = f P Q ⊙ Y and Y Qᵀ is in `products`, f P ⊙ Y Qᵀ: P Q is not needed."""
+        factors = self.product_of(x)
+        wide = [f for f in factors if self.dims(f) == self.dims(x)]
+        narrow = [f for f in factors if f not in wide]
+        if len(wide) == 2 and all(self.dims(f)[1] == "1" for f in narrow):
+            for product, y in (wide, wide[::-1]):
+                p, q = self.factors((product, False)) or ((x, True), (x, True))
+                pair = (y, False), (q[0], not q[1])
+                if not p[1] and pair in products:
+                    return self.mul(*narrow, p[0], self.associated(*pair))
+        return x
+
 
 def rewrite(program: Program) -> Program:
     """The program with shared functions, associated products, and forms on precomputed decays.
@@ -107,18 +127,31 @@ def rewrite(program: Program) -> Program:
             gate, place = together[op.id]
             operands = [new[a] for a in gate.args]
             decays = _decays(b, operands[-1], gate.attr("before"))
-            all_three = b.emit("partials", b.dims(operands[-1]), *operands, *decays, strict=gate.attr("strict"),
-                               before=gate.attr("before"))
+            scaled = b.mul(operands[1], decays[0]), b.mul(operands[2], decays[1])
+            all_three = b.emit("partials", b.dims(operands[-1]), *operands[:-1], *scaled, operands[-1], *decays,
+                               strict=gate.attr("strict"), before=gate.attr("before"))
             new[op.id] = b.emit("item", op.dims, all_three, place=place)
             if op is gate:
                 new[op.id] = b.cumsum(new[op.id], reverse=True)
+        elif op.kind == "sum" and op.attr("axis") == 1:
+            products = {((new[x], bool(o.attr("ta"))), (new[y], bool(o.attr("tb")))) for o in program.ops if o.kind == "matmul"
+                        for x, y in [o.args] if x in new and y in new}
+            new[op.id] = b.sum(b.turned(args[0], products), 1)
+        elif op.kind == "between" and op.attr("strict"):
+            both = b.emit("between", op.dims, *args, strict=False, before=op.attr("before"))
+            new[op.id] = b.mask(both, strict=True)
+        elif op.kind == "between_grad":
+            new[op.id] = b.cumsum(b.emit("crossing", op.dims, *args, before=op.attr("before")), reverse=True)
         elif op.kind == "cumsum":
             new[op.id] = b.cumsum(args[0], reverse=op.attr("reverse"))
             if op.attr("exclusive"):
                 new[op.id] = b.shift(new[op.id], op.attr("reverse"))
         elif op.kind == "form":
-            new[op.id] = b.emit("form", op.dims, *args, *_decays(b, args[-1], op.attr("before")), wrt=op.attr("wrt"),
-                                strict=op.attr("strict"), before=op.attr("before"))
+            (x, y, g), wrt = args, op.attr("wrt")
+            decays = _decays(b, g, op.attr("before"))
+            scaled = b.mul(x, decays[0]) if wrt == "P" else x, b.mul(y, decays[0 if wrt == "Y" else 1])
+            new[op.id] = b.emit("form", op.dims, x, y, *scaled, g, *decays, wrt=wrt, strict=op.attr("strict"),
+                                before=op.attr("before"))
         else:
             new[op.id] = b.emit(op.kind, op.dims, *args, **dict(op.attrs))
     carries = tuple(Carry(c.name, new[c.inp], new[c.out], c.reverse) for c in program.carries)

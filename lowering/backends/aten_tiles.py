@@ -62,10 +62,12 @@ def between(g: Tensor, strict: bool, before: bool) -> Tensor:
     return torch.where(keep, sums, -torch.inf).exp()
 
 
-def between_grad(w: Tensor, before: bool) -> Tensor:
-    """dg_l = sum of W_ij over j < l <= i (l < i when `before`): (…, C, C) to (…, C, 1)."""
-    sums = cumsum(w, reverse=True)
-    return (shift(sums, reverse=True) if before else sums).tril(-1).sum(-1, keepdim=True)
+def crossing(w: Tensor, before: bool) -> Tensor:
+    """Of W_ij what starts to cross token l less what ends: its sum from l on is dg_l = sum of W_ij over j < l <= i (l < i
+    when `before`); (…, C, C) to (…, C, 1)."""
+    pairs = w.tril(-1)
+    starts = pairs.sum(-1, keepdim=True)
+    return (shift(starts, reverse=True) if before else starts) - pairs.sum(-2, keepdim=True).mT
 
 
 def inverse(lower: Tensor) -> Tensor:
@@ -152,32 +154,32 @@ def _beyond(y: Tensor, down: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("lsmc::form", mutates_args=())
-def form(wrt: str, x: Tensor, y: Tensor, g: Tensor, up: Tensor, down: Tensor, far: Tensor, strict: bool,
-         before: bool) -> Tensor:
+def form(wrt: str, x: Tensor, y: Tensor, xs: Tensor, ys: Tensor, g: Tensor, up: Tensor, down: Tensor, far: Tensor,
+         strict: bool, before: bool) -> Tensor:
     """∂F/∂wrt for a decay that varies along the columns; (x, y) are the other two of P, X, Y in this order.
 
-    up: e^G (of the token before, with `before`); down and far: of G.
+    up: e^G (of the token before, with `before`); down and far: of G; xs, ys: x, y with the decays they are multiplied by.
     """
     if wrt == "P":
-        out = ((x * up) @ (y * down).mT).tril_(-1 if strict else 0)
+        out = (xs @ ys.mT).tril_(-1 if strict else 0)
         return out.add_(_form_by_halving("P", x, _beyond(y, down), Levels(g, before), strict)) if far else out
-    p = x.tril(-1 if strict else 0)
+    p = xs.tril(-1 if strict else 0)
     if wrt == "X":
-        out = (p @ (y * down)).mul_(up)
+        out = (p @ ys).mul_(up)
         return out.add_(_form_by_halving("X", x, _beyond(y, down), Levels(g, before), strict)) if far else out
-    out = (p.mT @ (y * up)).mul_(down)
+    out = (p.mT @ ys).mul_(down)
     return out.add_(_beyond(_form_by_halving("Y", x, y, Levels(g, before), strict), down)) if far else out
 
 
 @form.register_fake
-def _(wrt: str, x: Tensor, y: Tensor, g: Tensor, up: Tensor, down: Tensor, far: Tensor, strict: bool,
-      before: bool) -> Tensor:
-    lead = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2], up.shape[:-2])
+def _(wrt: str, x: Tensor, y: Tensor, xs: Tensor, ys: Tensor, g: Tensor, up: Tensor, down: Tensor, far: Tensor,
+      strict: bool, before: bool) -> Tensor:
+    lead = torch.broadcast_shapes(xs.shape[:-2], ys.shape[:-2], up.shape[:-2])
     return x.new_empty((*lead, *((g.shape[-2],) * 2 if wrt == "P" else y.shape[-2:])))
 
 
 @torch.library.custom_op("lsmc::form_grads", mutates_args=())
-def form_grads(p: Tensor, x: Tensor, y: Tensor, g: Tensor, up: Tensor, down: Tensor, far: Tensor,
+def form_grads(p: Tensor, x: Tensor, y: Tensor, xs: Tensor, ys: Tensor, g: Tensor, up: Tensor, down: Tensor, far: Tensor,
                strict: bool, before: bool) -> tuple[Tensor, Tensor, Tensor]:
     """∂F/∂X, ∂F/∂Y and ∂F/∂G together, which share their products; the diagonal, which has no decay, stays out.
 
@@ -185,10 +187,15 @@ def form_grads(p: Tensor, x: Tensor, y: Tensor, g: Tensor, up: Tensor, down: Ten
     """
     lead = torch.broadcast_shapes(*(t.shape[:-2] for t in (p, x, y, up)))  # some are shared by all sequences or chunks
     x, y = x.expand(*lead, -1, -1), y.expand(*lead, -1, -1)
-    inner, xs, ys = p.tril(-1), x * up, y * down
+    xs, ys, inner = xs.expand(*lead, -1, -1), ys.expand(*lead, -1, -1), p.tril(-1)
     to_x, to_y = inner @ ys, inner.mT @ xs
-    d_up, d_down = xs.mul_(to_x), ys.mul_(to_y)
-    slope = (shift(d_up, reverse=True) if before else d_up).sub_(d_down)
+    slope = torch.empty_like(to_x)
+    if before:
+        slope[..., -1:, :] = 0
+        torch.mul(xs[..., 1:, :], to_x[..., 1:, :], out=slope[..., :-1, :])
+    else:
+        torch.mul(xs, to_x, out=slope)
+    slope.addcmul_(ys, to_y, value=-1)
     dx, dy = to_x.mul_(up), to_y.mul_(down)
     if not strict:
         diagonal = p.diagonal(dim1=-2, dim2=-1)[..., None]
@@ -196,13 +203,14 @@ def form_grads(p: Tensor, x: Tensor, y: Tensor, g: Tensor, up: Tensor, down: Ten
         dy.addcmul_(diagonal, x)
     if far:
         rest = _form_grads_by_halving(inner, x, _beyond(y, down), Levels(g, before))
-        dx, dy, slope = dx.add_(rest[0]), dy.add_(_beyond(rest[1], down)), slope.add_(rest[2]).sub_(shift(rest[2], reverse=True))
+        dx, dy = dx.add_(rest[0]), dy.add_(_beyond(rest[1], down))
+        slope = slope.add_(rest[2]).sub_(shift(rest[2], reverse=True))
     return dx, dy, slope
 
 
 @form_grads.register_fake
-def _(p: Tensor, x: Tensor, y: Tensor, g: Tensor, up: Tensor, down: Tensor, far: Tensor, strict: bool,
-      before: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _(p: Tensor, x: Tensor, y: Tensor, xs: Tensor, ys: Tensor, g: Tensor, up: Tensor, down: Tensor, far: Tensor,
+      strict: bool, before: bool) -> tuple[Tensor, Tensor, Tensor]:
     lead = torch.broadcast_shapes(p.shape[:-2], x.shape[:-2], y.shape[:-2], up.shape[:-2])
     dx, dy, slope = (g.new_empty((*lead, *g.shape[-2:])) for _ in range(3))
     return dx, dy, slope
