@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lsmc.ir import Op, Program
-from lsmc.lowering.backends.triton_cut import Piece, block, chain, pieces
+from lsmc.lowering.backends.triton_cut import Piece, block, pieces
 from lsmc.lowering.backends.triton_sums import gather
 from lsmc.schedules import Schedule, Shape
 from lsmc.schedules.order import order, peak
@@ -51,9 +51,9 @@ def _piece(program: Program, p: Piece, s: Shape, target: Target) -> Estimate:
     extent = {"T": s.chunk, "K": s.key, "V": s.value, "1": 1}
     blocks = 1
     if p.split:
-        wide = min(block(program, p), extent[p.split])
-        blocks = -(-extent[p.split] // wide)
-        extent[p.split] = wide
+        columns = min(block(program, p), extent[p.split])
+        blocks = -(-extent[p.split] // columns)
+        extent[p.split] = columns
 
     def size(op: Op) -> int:
         return extent[op.dims[0]] * extent[op.dims[1]]
@@ -74,7 +74,7 @@ def _piece(program: Program, p: Piece, s: Shape, target: Target) -> Estimate:
         loaded = {op.id for op in body if op.kind == "input" and op.attr("role") == "token"} | p.known
         wide = {a for op in body if op.kind in ("map", "cumsum") for a in op.args if a in loaded}
         step += WAIT * sum("1" not in program.index[a].dims for a in wide)
-    step += CHAINED * max(0, chain(program, p) - 1)
+    step += CHAINED * max(0, _chain(program, p) - 1)
     resident = 2 * target.units
     programs = s.sequences * blocks
     if p.kernel.carries:
@@ -83,6 +83,17 @@ def _piece(program: Program, p: Piece, s: Shape, target: Target) -> Estimate:
         work = step * max(1.0, programs * s.chunks / resident)
     total = moved * programs * s.chunks
     return Estimate(p.kernel.name, total, step, wanted, target.launch_s + max(work, total / target.bytes_per_s))
+
+
+def _chain(program: Program, p: Piece) -> int:
+    """Products, one after the other, between a memory before a chunk and after it."""
+    inside = {op.id for op in program.ancestors(p.roots(program), p.known)}
+    longest = {c.inp: 0 for c in program.carries if c.name in p.kernel.carries}
+    for op in program.ops:
+        before = [longest[a] for a in op.args if a in longest]
+        if op.id in inside and before:
+            longest[op.id] = max(before) + (op.kind == "matmul" and "1" not in op.dims)
+    return max((longest.get(c.out, 0) for c in program.carries if c.name in p.kernel.carries), default=0)
 
 
 def rank(program: Program, schedule: Schedule, shape: Shape, target: Target) -> tuple[float, str]:

@@ -12,8 +12,12 @@ from dataclasses import dataclass
 
 from lsmc.ir import Op, Program, operand
 from lsmc.schedules import Kernel, Schedule
+from lsmc.schedules.order import order, peak
 
 LINEAR = ("expand", "transpose", "sum", "valid", "cumsum", "mask", "between_grad")
+
+WIDE = 64
+"""Columns of the split dimension that one program takes where nothing speaks against it."""
 
 
 @dataclass(frozen=True)
@@ -108,21 +112,19 @@ def splits(program: Program, kernel: Kernel, known: Iterable[int]) -> dict[str, 
     return found
 
 
-def chain(program: Program, piece: Piece) -> int:
-    """Products, one after the other, between a memory before a chunk and after it."""
-    inside = {op.id for op in program.ancestors(piece.roots(program), piece.known)}
-    longest = {c.inp: 0 for c in program.carries if c.name in piece.kernel.carries}
-    for op in program.ops:
-        before = [longest[a] for a in op.args if a in longest]
-        if op.id in inside and before:
-            longest[op.id] = max(before) + (op.kind == "matmul" and "1" not in op.dims)
-    return max((longest.get(c.out, 0) for c in program.carries if c.name in piece.kernel.carries), default=0)
-
-
 def block(program: Program, piece: Piece) -> int:
-    """Columns of the split dimension that one program takes at most: fewer where products wait for each other, because the
-    programs that share a processor then fill each other's waits."""
-    return 32 if chain(program, piece) > 1 else 64
+    """Columns of the split dimension that one program takes at most: fewer in a scan whose values cannot all be in the
+    registers of 128 threads. (Narrow blocks repeat the loads of what has no such dimension: they must be worth it.)"""
+    if not piece.kernel.carries or piece.split is None:
+        return WIDE
+    extent = {"T": 64, "K": 128, "V": 128, "1": 1, piece.split: WIDE}
+
+    def weight(op: Op) -> int:
+        return extent[op.dims[0]] * extent[op.dims[1]] * (2 if op.kind == "input" else 4)
+
+    ends = piece.roots(program)
+    wanted = peak(order(program.ancestors(ends, piece.known), ends, weight), weight) // (4 * 128)
+    return WIDE // 2 if wanted > 256 else WIDE
 
 
 def pieces(program: Program, schedule: Schedule) -> tuple[Piece, ...]:

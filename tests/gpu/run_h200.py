@@ -122,7 +122,7 @@ def check(name: str, schedule: str | None, regime: str, dtype: torch.dtype, k: i
         o, end = run(**{n: leaves[n] for n in x}, initial_state=leaves["state"], return_final_state=True, **options)
         cotangents = cotangents or (torch.randn_like(o), torch.randn_like(end) * 0.1)
         d = [c.to(y.dtype) for c, y in zip(cotangents, (o, end), strict=True)]
-        found.append([o, end, *torch.autograd.grad([o, end], list(leaves.values()), d)])
+        found.append([o.detach(), end.detach(), *torch.autograd.grad([o, end], list(leaves.values()), d)])
     names = ["o", "end", *(f"d_{n}" for n in mine)]
     return {n: ratio(a, b) for n, a, b in zip(names, *found, strict=True)}
 
