@@ -1,76 +1,49 @@
-"""Times of the operators, forward and forward with backward, with their errors beside them: ``lsmc bench``.
+"""One method at one shape, in this process: times, memory, errors, and the floor that they stand on.
 
-On a GPU in bfloat16 by ``triton.testing.do_bench`` (medians, a cold L2 cache); on a CPU in float32, the contenders taking
-turns and the shortest turn counting, because whatever else runs on the machine only ever adds. Gradients of every input by
-``torch.autograd.grad``. Errors are RMS ratios against the float64 recurrence on identically rounded inputs, over a prefix
-of the first sequence, taken from the very tensors and kernels that were timed. Several methods run in a process each, so
-that the first call is a first call.
+On a GPU in bfloat16 by ``triton.testing.do_bench`` (medians, a cold L2 cache), eagerly and replayed from a CUDA graph; on a CPU
+in float32, the contenders taking turns and the shortest turn counting, because whatever else runs on the machine only ever
+adds. Gradients of every input by ``torch.autograd.grad``. Errors are RMS ratios against the float64 recurrence on identically
+rounded inputs, over a prefix of the first sequence, taken from the very tensors and kernels that were timed.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
-import json
-import os
-import platform
-import shlex
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lsmc.cases import Case, sample
+from lsmc.cases import Case, sample, tensors
+from lsmc.pipeline import CHUNK, Options, compile_plan
 from lsmc.reference import reference
-from lsmc.runtime.doctor import ptxas_in_use
+from lsmc.runtime.bench.contenders import CONTENDERS, OURS, Absent, Function
 from lsmc.runtime.errors import LsmConfigError
+from lsmc.schedules import Kernel, Shape
+from lsmc.schedules.cost import cost
 
-GPU_SHAPES = ("16,4096,8,128,128", "8,2048,8,128,128")
-CPU_SHAPES = ("1,4096,4,64,64",)
+Sizes = tuple[int, int, int, int, int]
+"""B, T, H, K, V."""
+
 PREFIX = 512
 """Tokens of the first sequence that are compared with the recurrence."""
 
 
-Function = Callable[..., Tensor]
+SECONDS = 2.0
+"""For each contender on a CPU, at least."""
 
 
 @dataclass(frozen=True)
-class Contender:
-    """A way to run a method: `prepare(declaration, dtype)` is a function of the inputs by name that gives o."""
+class Ceilings:
+    """What the device did when it was asked for nothing else: a copy, bytes read and written; a matrix product."""
 
-    name: str
-    prepare: Callable[[Any, torch.dtype], Function]
-    what: str
-    slow: bool = False
-    """Not worth more than a few turns."""
-
-
-CONTENDERS: dict[str, Contender] = {
-    c.name: c
-    for c in (
-        Contender("eager", lambda op, dtype: op, "the operator as it is called"),
-        Contender("compiled", lambda op, dtype: _compiled(op), "the operator under torch.compile"),
-        Contender("loop", lambda op, dtype: reference(op, dtype=dtype), "the recurrence, a token at a time", slow=True),
-    )
-}
-"""Ours first; those named in `--against` run beside it. A peer is a line here."""
-
-
-def _compiled(declaration: Any) -> Function:
-    def call(**inputs: Tensor) -> Tensor:
-        return declaration(**inputs)
-
-    compiled: Function = torch.compile(call, fullgraph=True)
-    return compiled
+    bytes_per_s: float
+    flops_per_s: float
 
 
 @dataclass
@@ -78,46 +51,90 @@ class Run:
     """One contender. Times in milliseconds: on a CPU the shortest turn, with the median beside it."""
 
     first_call_s: float
-    """Until the first gradient: deriving, generating, compiling."""
+    """In this process until the first gradient: deriving, generating, compiling, or finding it in caches."""
+    cold_s: float | None = None
+    """The same in a process of its own with empty caches; at the first shape."""
     forward_ms: float = 0.0
     forward_backward_ms: float = 0.0
     forward_median_ms: float = 0.0
     forward_backward_median_ms: float = 0.0
+    graph_ms: float | None = None
+    """Forward and backward replayed from a CUDA graph, which leaves out the host."""
     peak_mib: float | None = None
     """Beyond the inputs; GPU only."""
     errors: dict[str, float] = field(default_factory=dict)
-    """RMS ratios: "o", and the gradient of every input by its name."""
+    """RMS ratios: "o", and the gradient of every input by its name; empty where another function was computed."""
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
 class Timing:
-    """One method at one shape (B, T, H, K, V), by every contender."""
+    """One method at one shape, by every contender that ran; why the others did not."""
 
     method: str
-    shape: tuple[int, int, int, int, int]
+    shape: Sizes
     dtype: str
     device: str
+    ceilings: Ceilings
+    bytes: int
+    """Of inputs and outputs, once."""
+    flops: tuple[float, float]
+    """Forward, and forward with backward: every operation of the derived chunk programs once, in chunks of `CHUNK`."""
     runs: dict[str, Run]
+    absent: dict[str, str]
+
+    @property
+    def floor_ms(self) -> tuple[float, float]:
+        """Forward, and forward with backward: inputs and outputs moved once, and three times, as fast as a copy."""
+        once = 1e3 * self.bytes / self.ceilings.bytes_per_s
+        return once, 3 * once
 
     def record(self) -> dict[str, Any]:
-        """As JSON: the fields of the first contender, and those of the others after their names."""
-        out: dict[str, Any] = {"method": self.method, "shape": list(self.shape), "dtype": self.dtype, "device": self.device}
-        for n, (name, found) in enumerate(self.runs.items()):
-            out |= {(f"{name}_{key}" if n else key): value for key, value in dataclasses.asdict(found).items()}
-        return out | {"contenders": list(self.runs)}
+        """As JSON."""
+        return dataclasses.asdict(self) | {"floor_ms": list(self.floor_ms)}
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> Timing:
         """What `record` wrote."""
-        runs = {
-            name: Run(**{f.name: record[f"{name}_{f.name}" if n else f.name] for f in dataclasses.fields(Run)})
-            for n, name in enumerate(record["contenders"])
-        }
-        b, t, h, k, v = record["shape"]
-        return cls(record["method"], (b, t, h, k, v), record["dtype"], record["device"], runs)
+        given = {f.name: record[f.name] for f in dataclasses.fields(cls)}
+        given |= {"runs": {name: Run(**found) for name, found in record["runs"].items()}}
+        given |= {"ceilings": Ceilings(**record["ceilings"]), "shape": tuple(record["shape"]), "flops": tuple(record["flops"])}
+        return cls(**given)
 
 
-def parse_shape(text: str) -> tuple[int, int, int, int, int]:
+@dataclass
+class Decode:
+    """One token of B sequences through `step`: the memory is read and written once. Times in milliseconds."""
+
+    method: str
+    shape: Sizes
+    dtype: str
+    device: str
+    ceilings: Ceilings
+    bytes: int
+    """Of the memory, read and written, in float32."""
+    step_ms: float
+    graph_ms: float | None
+    errors: dict[str, float]
+    """RMS ratios of "o" and of the new "state"."""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def floor_ms(self) -> float:
+        return 1e3 * self.bytes / self.ceilings.bytes_per_s
+
+    def record(self) -> dict[str, Any]:
+        """As JSON."""
+        return dataclasses.asdict(self) | {"floor_ms": self.floor_ms}
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> Decode:
+        """What `record` wrote."""
+        given = {f.name: record[f.name] for f in dataclasses.fields(cls)}
+        return cls(**given | {"ceilings": Ceilings(**record["ceilings"]), "shape": tuple(record["shape"])})
+
+
+def parse_shape(text: str) -> Sizes:
     """``"B,T,H,K,V"``; also ``"B,T,H,D"`` for K = V = D."""
     parts = text.replace("x", ",").split(",")
     try:
@@ -131,80 +148,142 @@ def parse_shape(text: str) -> tuple[int, int, int, int, int]:
     return (sizes[0], sizes[1], sizes[2], sizes[3], sizes[4])
 
 
-def measure(
-    declaration: Any, shape: tuple[int, int, int, int, int], device: str, *, against: Sequence[str] = ()
-) -> Timing:
+@dataclass
+class Subject:
+    """A method with typical inputs on a device; per-head constants stay in float32, as they are in models."""
+
+    declaration: Any
+    shape: Sizes
+    device: str
+
+    def __post_init__(self) -> None:
+        batch, tokens, heads, key_dim, value_dim = self.shape
+        self.dtype = torch.bfloat16 if self.device.startswith("cuda") else torch.float32
+        few = min(batch, 2)  # drawn, then repeated: drawing takes longer than the rest
+        drawn = sample(self.declaration, Case(few, tokens, heads, key_dim=key_dim, value_dim=value_dim, defaults=True))
+        self.per_token = drawn.per_token
+        self.inputs = {}
+        for name, x in drawn.inputs.items():
+            x = x.detach().to(self.device, self.dtype if name in drawn.per_token else torch.float32)
+            if name in drawn.per_token:
+                x = x.repeat(-(-batch // few), *[1] * (x.ndim - 1))[:batch]
+            self.inputs[name] = x.requires_grad_()
+
+    def taken(self, name: str) -> dict[str, Tensor]:
+        """The inputs of a contender."""
+        takes = CONTENDERS[name].takes
+        return {n: x for n, x in self.inputs.items() if takes is None or n in takes}
+
+    def first_call(self, name: str) -> tuple[Function, Tensor, float]:
+        """A contender ready to run, a cotangent, and the seconds until its first gradient; raises `Absent`."""
+        contender, inputs = CONTENDERS[name], self.taken(name)
+        if contender.takes is not None and len(inputs) < len(contender.takes):
+            raise Absent(f"{self.declaration.name} lacks some of {', '.join(contender.takes)}")
+        function = contender.prepare(self.declaration, self.dtype)
+        started = time.perf_counter()
+        try:
+            cotangent = torch.randn_like(o := function(**inputs))
+            torch.autograd.grad(o, list(inputs.values()), cotangent)
+            synchronise(self.device)
+        except Exception as error:
+            if contender.peer:
+                raise Absent(f"{type(error).__name__}: {str(error).strip() or 'without a message'}") from error
+            raise
+        return function, cotangent, round(time.perf_counter() - started, 2)
+
+
+def measure(declaration: Any, shape: Sizes, device: str, *, against: Sequence[str] = ()) -> Timing:
     """Times one method at one shape, by the eager operator and by the contenders of `against`."""
     gpu = device.startswith("cuda")
-    dtype = torch.bfloat16 if gpu else torch.float32
-    inputs, per_token = _inputs(declaration, shape, device, dtype)
-    leaves = list(inputs.values())
+    subject = Subject(declaration, shape, device)
     runs: dict[str, Run] = {}
-    forward: dict[str, Callable[[], Tensor]] = {}
+    absent: dict[str, str] = {}
+    forward: dict[str, Callable[[], Any]] = {}
     both: dict[str, Callable[[], Any]] = {}
-    for name in dict.fromkeys(("eager", *against)):
-        function = CONTENDERS[name].prepare(declaration, dtype)
-        started = time.perf_counter()
-        cotangent = torch.randn_like(o := function(**inputs))
-        torch.autograd.grad(o, leaves, cotangent)
-        _synchronise(device)
-        runs[name] = Run(round(time.perf_counter() - started, 2))
+    oracle: _Oracle | None = None
+    for name in dict.fromkeys((OURS, *against)):
+        try:
+            function, cotangent, seconds = subject.first_call(name)
+        except Absent as reason:
+            absent[name] = str(reason)
+            continue
+        runs[name] = Run(seconds)
+        inputs = subject.taken(name)
         forward[name] = functools.partial(function, **inputs)
         both[name] = functools.partial(_gradients, function, inputs, cotangent)
-        runs[name].errors = _errors(function, declaration, inputs, per_token)
-    for found, functions in (("forward", forward), ("forward_backward", both)):
+        if CONTENDERS[name].takes is None:
+            oracle = oracle or _Oracle(subject, cotangent)
+            runs[name].errors = oracle.errors(function)
+    for kind, functions in (("forward", forward), ("forward_backward", both)):
         for name, (least, median) in _times(functions, device).items():
-            setattr(runs[name], f"{found}_ms", least)
-            setattr(runs[name], f"{found}_median_ms", median)
+            setattr(runs[name], f"{kind}_ms", least)
+            setattr(runs[name], f"{kind}_median_ms", median)
     for name in runs if gpu else ():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         both[name]()
         runs[name].peak_mib = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
-    return Timing(declaration.name, shape, str(dtype).removeprefix("torch."), _device_name(device), runs)
+    for name in runs if gpu else ():
+        runs[name].graph_ms = _from_graph(both[name], runs[name].notes)
+    moved = [*subject.inputs.values(), forward[OURS]()]
+    return Timing(declaration.name, shape, str(subject.dtype).removeprefix("torch."), device_name(device), ceilings(device),
+                  sum(x.numel() * x.element_size() for x in moved), _flops(declaration, shape), runs, absent)
+
+
+def decode(declaration: Any, shape: Sizes, device: str) -> Decode:
+    """Times one token of every sequence, from a memory to the next; T of the shape is not used."""
+    batch, _, heads, key_dim, value_dim = shape
+    subject = Subject(declaration, (batch, 1, heads, key_dim, value_dim), device)
+    token = {n: (x[:, 0] if n in subject.per_token else x).detach() for n, x in subject.inputs.items()}
+    drawn = sample(declaration, Case(batch, 1, heads, key_dim=key_dim, value_dim=value_dim, defaults=True, initial_state=True))
+    given = [x.detach().to(device, torch.float32) for x in tensors(drawn.state)]
+    state = given[0] if len(given) == 1 else tuple(given)
+
+    def step() -> Any:
+        with torch.no_grad():
+            return declaration.step(**token, state=state)
+
+    o, new = step()
+    exact = {n: x.detach().double() for n, x in subject.inputs.items()}
+    start = tuple(x.double() for x in given)
+    with torch.no_grad():
+        oracle: Callable[..., Any] = reference(declaration)
+        wanted_o, wanted = oracle(
+            **exact, initial_state=start[0] if len(start) == 1 else start, return_final_state=True)
+    errors = {"o": _ratio(o, wanted_o[:, 0]), "state": max(_ratio(x, y) for x, y in zip(tensors(new), tensors(wanted)))}
+    notes: list[str] = []
+    [(least, _)] = _times({OURS: step}, device).values()
+    graph = _from_graph(step, notes) if device.startswith("cuda") else None
+    return Decode(declaration.name, subject.shape, str(subject.dtype).removeprefix("torch."), device_name(device),
+                  ceilings(device), 2 * sum(x.numel() * x.element_size() for x in given), least, graph, errors, notes)
 
 
 def _gradients(function: Function, inputs: dict[str, Tensor], cotangent: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(function(**inputs), list(inputs.values()), cotangent)
 
 
-def _inputs(
-    declaration: Any, shape: tuple[int, int, int, int, int], device: str, dtype: torch.dtype
-) -> tuple[dict[str, Tensor], frozenset[str]]:
-    """Typical inputs; per-head constants stay in float32, as they are in models."""
-    batch, tokens, heads, key_dim, value_dim = shape
-    drawn = sample(
-        declaration, Case(batch, tokens, heads, key_dim=key_dim, value_dim=value_dim, defaults=True)
-    )
-    inputs = {
-        name: x.detach().to(device, dtype if name in drawn.per_token else torch.float32).requires_grad_()
-        for name, x in drawn.inputs.items()
-    }
-    return inputs, drawn.per_token
+class _Oracle:
+    """The float64 recurrence over the prefix. With a cotangent that is zero behind it, gradients are those of the prefix alone."""
 
+    def __init__(self, subject: Subject, like: Tensor) -> None:
+        self.subject, self.tokens = subject, min(PREFIX, like.shape[1])
+        self.cotangent = torch.zeros_like(like)
+        self.cotangent[:1, : self.tokens] = torch.randn_like(like[:1, : self.tokens])
+        exact = {n: self._prefix(n, x).detach().double().requires_grad_() for n, x in subject.inputs.items()}
+        oracle: Callable[..., Any] = reference(subject.declaration)
+        o = oracle(**exact)
+        found = torch.autograd.grad(o, list(exact.values()), self.cotangent[:1, : self.tokens].double())
+        self.wanted = {"o": o, **dict(zip(exact, found))}
 
-def _errors(
-    function: Function, declaration: Any, inputs: dict[str, Tensor], per_token: frozenset[str]
-) -> dict[str, float]:
-    """With a cotangent that is zero behind the prefix, gradients are those of the prefix alone."""
-    o = function(**inputs)
-    tokens = min(PREFIX, o.shape[1])
-    cotangent = torch.zeros_like(o)
-    cotangent[:1, :tokens] = torch.randn_like(o[:1, :tokens])
-    found = dict(zip(inputs, torch.autograd.grad(o, list(inputs.values()), cotangent)))
-    exact = {
-        name: (x[:1, :tokens] if name in per_token else x).detach().double().requires_grad_()
-        for name, x in inputs.items()
-    }
-    oracle: Callable[..., Any] = reference(declaration)
-    wanted_o = oracle(**exact)
-    wanted = dict(
-        zip(exact, torch.autograd.grad(wanted_o, list(exact.values()), cotangent[:1, :tokens].double()))
-    )
-    errors = {"o": _ratio(o[:1, :tokens], wanted_o)}
-    for name, gradient in found.items():
-        errors[name] = _ratio(gradient[:1, :tokens] if name in per_token else gradient, wanted[name])
-    return errors
+    def _prefix(self, name: str, x: Tensor) -> Tensor:
+        return x[:1, : self.tokens] if name == "o" or name in self.subject.per_token else x
+
+    def errors(self, function: Function) -> dict[str, float]:
+        """RMS ratios of the output and of every gradient."""
+        inputs = self.subject.inputs
+        o = function(**inputs)
+        found = {"o": o, **dict(zip(inputs, torch.autograd.grad(o, list(inputs.values()), self.cotangent)))}
+        return {name: _ratio(self._prefix(name, x), self.wanted[name]) for name, x in found.items()}
 
 
 def _ratio(found: Tensor, wanted: Tensor) -> float:
@@ -213,18 +292,15 @@ def _ratio(found: Tensor, wanted: Tensor) -> float:
 
 
 def _times(
-    functions: dict[str, Callable[[], Any]], device: str, least: int = 7, seconds: float = 2.0
+    functions: dict[str, Callable[[], Any]], device: str, least: int = 7
 ) -> dict[str, tuple[float, float]]:
     """Per contender the time that counts and the median, in milliseconds."""
     if device.startswith("cuda"):
-        from triton.testing import do_bench
-
-        medians = {n: round(float(do_bench(f, warmup=50, rep=200, return_mode="median")), 4) for n, f in functions.items()}
+        medians = {name: _median_ms(function) for name, function in functions.items()}
         return {name: (median, median) for name, median in medians.items()}
     turns: dict[str, list[float]] = {name: [] for name in functions}
-    while min(map(len, turns.values())) < 3 or any(
-        len(t) < least or sum(t) < seconds for name, t in turns.items() if not CONTENDERS[name].slow
-    ):
+    quick = [t for name, t in turns.items() if not CONTENDERS[name].slow]
+    while min(map(len, quick)) < least or sum(map(sum, quick)) < SECONDS * len(quick):
         for name, function in functions.items():
             if CONTENDERS[name].slow and len(turns[name]) >= 3:
                 continue
@@ -234,175 +310,70 @@ def _times(
     return {n: (round(1000 * min(t), 3), round(1000 * statistics.median(t), 3)) for n, t in turns.items()}
 
 
-def _synchronise(device: str) -> None:
+def _median_ms(function: Callable[[], Any]) -> float:
+    from triton.testing import do_bench
+
+    return round(float(do_bench(function, warmup=50, rep=200, return_mode="median")), 4)
+
+
+def _from_graph(call: Callable[[], Any], notes: list[str]) -> float | None:
+    """Milliseconds of a replay; a note where the call cannot be captured."""
+    try:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        return _median_ms(graph.replay)
+    except Exception as error:  # what cannot be captured may fail in any way
+        torch.cuda.synchronize()
+        notes.append(f"not captured in a CUDA graph: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+        return None
+
+
+def _flops(declaration: Any, shape: Sizes) -> tuple[float, float]:
+    batch, tokens, heads, key_dim, value_dim = shape
+    plan = compile_plan(declaration.canonical, Options())
+    sizes = Shape(batch * heads, tokens, key_dim, value_dim, CHUNK)
+    found = []
+    for program in (plan.forward.program, plan.backward.program):
+        whole = Kernel("whole", tuple(c.name for c in program.carries), (), tuple(name for name, _ in program.outputs))
+        found.append(cost(program, whole, sizes).flops)
+    return found[0], sum(found)
+
+
+@functools.cache
+def ceilings(device: str) -> Ceilings:
+    """Measures the device: a copy far larger than its caches, and a matrix product in the dtype of the benchmarks."""
+    gpu = device.startswith("cuda")
+    count, side, dtype = (2**29, 8192, torch.bfloat16) if gpu else (2**25, 1024, torch.float32)
+    source = torch.randn(count, device=device, dtype=dtype)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+
+    def seconds(call: Callable[[], Any]) -> float:
+        if gpu:
+            return 1e-3 * _median_ms(call)
+        turns = []
+        for _ in range(5):
+            started = time.perf_counter()
+            call()
+            turns.append(time.perf_counter() - started)
+        return min(turns)
+
+    copied = 2 * count * source.element_size() / seconds(lambda: target.copy_(source))
+    return Ceilings(copied, 2.0 * side**3 / seconds(lambda: torch.mm(a, b)))
+
+
+def synchronise(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize()
 
 
-def _device_name(device: str) -> str:
+def device_name(device: str) -> str:
     if device.startswith("cuda"):
         return torch.cuda.get_device_name()
     return f"CPU, {torch.get_num_threads()} threads"
-
-
-def _cpu() -> str:
-    """The processor's name and the number of its cores that are here."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
-
-
-def environment() -> dict[str, Any]:
-    """What the numbers depend on."""
-    import importlib.metadata
-
-    def version(package: str) -> str | None:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    used = ptxas_in_use()
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "cpu": _cpu(),
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": version("triton"),
-        "ptxas": used[1] if used else None,
-        "command": shlex.join(
-            ["lsmc", "bench", *sys.argv[1:]] if sys.argv[0].endswith("bench.py") else sys.argv
-        ),
-    }
-
-
-def run(
-    methods: Sequence[str] = (),
-    *,
-    shapes: Sequence[str] = (),
-    device: str | None = None,
-    against: Sequence[str] | None = None,
-    out: Path | None = None,
-    markdown: bool = False,
-) -> list[Timing]:
-    """Measures, prints a table and writes JSON; no methods given means the whole zoo, each in a process of its own.
-
-    `against` names contenders to time beside the eager operator; by default the loop on a CPU, nothing on a GPU.
-    """
-    from lsmc import zoo
-    from lsmc.resolve import resolve
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise LsmConfigError(f"device = {device!r}: torch sees no CUDA device here")
-    against = list(against) if against is not None else [] if device.startswith("cuda") else ["loop"]
-    for name in against:
-        if name not in CONTENDERS:
-            raise LsmConfigError(f"against = {name!r}: the contenders are {', '.join(CONTENDERS)}")
-    texts = list(shapes or (GPU_SHAPES if device.startswith("cuda") else CPU_SHAPES))
-    sizes = [parse_shape(text) for text in texts]
-    names = list(methods) or list(zoo.names())
-    declarations = [resolve(name) for name in names]  # mistakes first
-    timings: list[Timing] = []
-    for name, declaration in zip(names, declarations):
-        if len(names) == 1:
-            timings += [measure(declaration, shape, device, against=against) for shape in sizes]
-            continue
-        timings += _in_a_process(name, texts, device, against)
-        print(f"{name}: done", file=sys.stderr)
-    if out is not None:
-        record = {"environment": environment(), "results": [timing.record() for timing in timings]}
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record, indent=1) + "\n")
-    print(table_markdown(timings)) if markdown else print_table(timings)
-    return timings
-
-
-def _in_a_process(name: str, shapes: Sequence[str], device: str, against: Sequence[str]) -> list[Timing]:
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "timings.json"
-        command = [sys.executable, "-m", "lsmc.runtime.bench", name, "--device", device, "--out", str(out)]
-        command += ["--shapes", *shapes, "--against", *against]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode:
-            raise LsmConfigError(f"{name} could not be measured:\n{result.stderr.strip()[-4000:]}")
-        records = json.loads(out.read_text())["results"]
-    return [Timing.of(record) for record in records]
-
-
-def _rows(timings: Sequence[Timing]) -> tuple[list[str], list[list[str]]]:
-    """Ours, then for every other contender its times, how many times ours they are, and for other code its errors."""
-    others = list(dict.fromkeys(name for timing in timings for name in list(timing.runs)[1:]))
-    peaks = any(found.peak_mib is not None for timing in timings for found in timing.runs.values())
-    header = ["method", "B,T,H,K,V", "forward ms", "fwd+bwd ms", "first call s", *["peak MiB"] * peaks, "error o", "worst gradient"]
-    for name in others:
-        header += [f"{name} fwd ms", f"{name} fwd+bwd ms", f"{name} ÷ ours", f"{name} error"]
-    if "loop" in others:
-        header += [f"loop ÷ {name}" for name in others if name != "loop"]
-    rows = []
-    for timing in timings:
-        ours = next(iter(timing.runs.values()))
-        row = [timing.method, ",".join(map(str, timing.shape)), f"{ours.forward_ms:.3f}", f"{ours.forward_backward_ms:.3f}"]
-        row += [f"{ours.first_call_s:.1f}", *[f"{ours.peak_mib or 0:.0f}"] * peaks, f"{ours.errors['o']:.1e}", _worst(ours)]
-        for name in others:
-            it = timing.runs[name]
-            row += [f"{it.forward_ms:.1f}", f"{it.forward_backward_ms:.1f}"]
-            row += [f"{it.forward_backward_ms / ours.forward_backward_ms:.1f}×", _worst(it)]
-        if "loop" in others:
-            loop = timing.runs["loop"].forward_backward_ms
-            row += [f"{loop / timing.runs[name].forward_backward_ms:.1f}×" for name in others if name != "loop"]
-        rows.append(row)
-    return header, rows
-
-
-def _worst(found: Run) -> str:
-    gradients = {name: error for name, error in found.errors.items() if name != "o"}
-    worst = max(gradients, key=lambda name: gradients[name])
-    return f"{gradients[worst]:.1e} ({worst})"
-
-
-def table_markdown(timings: Sequence[Timing]) -> str:
-    header, rows = _rows(timings)
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def print_table(timings: Sequence[Timing]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    header, rows = _rows(timings)
-    title = f"{timings[0].device}, {timings[0].dtype}" if timings else ""
-    table = Table(*header, title=title, box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    console = Console()
-    console.print(table, width=None if console.is_terminal else 160)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="lsmc bench", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument(
-        "methods", nargs="*", help="methods of the zoo or FILE.py:NAME; default: the whole zoo"
-    )
-    parser.add_argument("--shapes", nargs="+", default=[], metavar="B,T,H,K,V")
-    parser.add_argument("--device", default=None)
-    parser.add_argument("--against", nargs="*", default=None, choices=list(CONTENDERS), help="time these beside the operator")
-    parser.add_argument("--out", type=Path, default=None, help="also write JSON")
-    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
-    options = parser.parse_args(argv)
-    run(
-        options.methods,
-        shapes=options.shapes,
-        device=options.device,
-        against=options.against,
-        out=options.out,
-        markdown=options.markdown,
-    )
-
-
-if __name__ == "__main__":
-    main()
