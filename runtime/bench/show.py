@@ -102,8 +102,9 @@ def _print(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     from rich.console import Console
     from rich.table import Table as RichTable
 
-    table = RichTable(*header, title=title, box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
+    table = RichTable(*header, title=title, title_justify="left", box=None, pad_edge=False)
+    for row, before in zip(rows, [None, *rows]):
+        same = before is not None and row[:2] == before[:2]
+        table.add_row(*(["", ""] if same else row[:2]), *row[2:])
     console = Console()
-    console.print(table, width=None if console.is_terminal else 200)
+    (console if console.is_terminal else Console(width=200)).print(table)
