@@ -45,7 +45,7 @@ def tables(record: dict[str, Any]) -> dict[str, Table]:
 
 def _timed(timings: Sequence[Timing]) -> Table:
     header = ["method", "B,T,H,K,V", "by", "forward ms", "fwd+bwd ms", "from a graph ms", "÷ ours", "÷ floor", "peak MiB",
-              "error o", "worst gradient", "first call without caches s", "first call s", "note"]
+              "error o", "worst gradient", "cold first call s", "first call s", "note"]
     rows = []
     for timing in timings:
         ours = timing.runs[OURS]
