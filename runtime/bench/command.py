@@ -193,19 +193,21 @@ def _with(caches: Path | None) -> dict[str, str]:
 
 
 def _cold(names: Sequence[str], against: Sequence[str], device: str, shapes: Sequence[str], caches: Path, count: int,
-          patience: float) -> dict[str, dict[str, float | str]]:
+          patience: float) -> dict[str, dict[str, float | str | None]]:
     """Method → contender → seconds of its first call with empty caches, or why there was none.
 
-    The caches of all contenders of a method are left together in the folder of its name. `Triton` keeps absolute names in
-    its cache, so that what they were copied from stays until the end.
+    None where an earlier run gave up: its caches are not empty any more. The caches of all contenders of a method are left
+    together in the folder of its name. Triton keeps absolute names in its cache, so that what they were copied from stays.
     """
     wanted = [c for c in (*against, OURS) if not CONTENDERS[c].slow and CONTENDERS[c].takes is None]
 
-    def first(name: str, contender: str) -> float | str:
+    def first(name: str, contender: str) -> float | str | None:
         folder = caches / "first" / name / contender
         kept = folder / "first_call.json"
         if kept.exists():
-            return _seconds(kept.read_text())
+            return _seconds(json.loads(kept.read_text()))
+        begun = folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "lsmc.runtime.bench.first", name, contender, device, *shapes]
         try:
             result = subprocess.run(command, env=_with(folder), capture_output=True, text=True, check=False, timeout=patience)
@@ -213,15 +215,16 @@ def _cold(names: Sequence[str], against: Sequence[str], device: str, shapes: Seq
             return f"its first call took more than {patience:g} s"
         if result.returncode:
             return result.stderr.strip()[-1000:]
-        found = _seconds(text := result.stdout.splitlines()[-1])
-        if not isinstance(found, str):
-            folder.mkdir(parents=True, exist_ok=True)
-            kept.write_text(text)
-        return found
+        found = json.loads(result.stdout.splitlines()[-1])
+        if begun and "seconds" in found:
+            found["seconds"][0] = None
+        if "seconds" in found:
+            kept.write_text(json.dumps(found))
+        return _seconds(found)
 
     with ThreadPoolExecutor(count) as pool:
         futures = {(name, c): pool.submit(first, name, c) for c in dict.fromkeys(wanted) for name in names}
-    found: dict[str, dict[str, float | str]] = {name: {} for name in names}
+    found: dict[str, dict[str, float | str | None]] = {name: {} for name in names}
     for (name, contender), future in futures.items():
         found[name][contender] = future.result()
         print(f"{name}, {contender}: first call {future.result()}", file=sys.stderr, flush=True)
@@ -231,9 +234,10 @@ def _cold(names: Sequence[str], against: Sequence[str], device: str, shapes: Seq
     return found
 
 
-def _seconds(text: str) -> float | str:
-    found = json.loads(text)
-    return str(found["absent"]) if "absent" in found else float(found["seconds"][0])
+def _seconds(found: dict[str, Any]) -> float | str | None:
+    """What `first` printed, at its first shape."""
+    seconds: float | str | None = found["absent"] if "absent" in found else found["seconds"][0]
+    return seconds
 
 
 def main(argv: Sequence[str] | None = None) -> None:
