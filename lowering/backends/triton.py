@@ -184,7 +184,7 @@ class _Launch:
             args[f"s_{c.name}"] = self.saved[c.name]
         for op in k.makes if k.how != "slow" else ():
             rows, last = (self.chunk if d == "T" else self.size[d] for d in op.dims)
-            dtype = self.like.dtype if op.dims[0] == "T" else torch.float32
+            dtype = self.like.dtype if op.dims[0] == "T" and op.dims[1] != "1" else torch.float32
             self.saved[f"t_{op.id}"] = self.room((self.chunks, self.heads, rows, last), dtype)
         args |= {f"t_{op.id}": self.saved[f"t_{op.id}"] for op in (*k.makes, *k.takes)}
         if k.how:

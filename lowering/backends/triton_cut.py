@@ -58,20 +58,24 @@ def costly(program: Program, schedule: Schedule) -> set[int]:
     """What a first kernel, over all chunks in parallel, makes for the others, from the forward inputs alone: products over
     pairs of tokens that take a series of products (inverses, decays along K or V), and what of the decays along K or V
     a scan would otherwise compute serially."""
-    free, dear = set[int](), set[int]()
+    free, dear, columns = set[int](), set[int](), set[int]()
+    corrects = any(op.kind == "inverse" for op in program.ops)
     for op in program.ops:
         outside = op.kind == "input" and (op.attr("role") == "carry" or f"d_{op.attr('name')}" not in dict(program.outputs)
                                           and program.name.endswith("_backward"))
         if not outside and all(a in free for a in op.args):
             free.add(op.id)
-            wide = op.kind in ("cumsum", "sum") and program.index[op.args[0]].dims[0] == "T" and op.dims[1] != "1"
-            if any(a in dear for a in op.args) or op.kind in ("form", "inverse") or wide:
+            sums = op.kind in ("cumsum", "sum") and program.index[op.args[0]].dims[0] == "T"
+            if any(a in dear for a in op.args) or op.kind in ("form", "inverse") or sums and op.dims[1] != "1":
                 dear.add(op.id)
-    corrects = any(op.kind == "inverse" for op in program.ops)
+            if corrects and op.dims[1] == "1" and (sums or any(a in columns for a in op.args)):
+                columns.add(op.id)  # small, and a scan would wait for each
     out = {op.id for op in program.ops if op.id in free and op.dims == ("T", "T")
            and (op.kind in ("inverse", "form") or corrects and op.kind == "matmul" and "K" in contracts(program, op))}
     for k in schedule.kernels:
         for op in program.ancestors(roots(program, Kernel(k.name, k.carries, (), ()))) if k.carries else ():
+            if op.id not in columns:
+                out |= {a for a in op.args if a in columns}
             if op.id not in free or op.kind == "matmul":
                 out |= {a for a in op.args if a in dear and program.index[a].dims not in (("K", "V"), ("V", "K"))}
     return out - {i for _, i in program.outputs}

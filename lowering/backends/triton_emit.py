@@ -23,8 +23,8 @@ from lsmc.lowering.kernels import digest
 from lsmc.schedules import Kernel, Schedule
 from lsmc.schedules.order import order
 
-TILES = ("exp", "diagonal", "keep", "dot", "running", "later", "cumsum", "lower", "between", "between_grad", "inverse", "mild",
-         "form_p", "form_x", "form_y", "form_gate", "form_all")
+TILES = ("exp", "total", "diagonal", "keep", "dot", "running", "later", "cumsum", "lower", "between", "between_grad",
+         "inverse", "mild", "form_p", "form_x", "form_y", "form_gate", "form_all")
 SIZE = {"T": "C", "K": "BK", "V": "BV", "1": "1"}
 EXTENT = {"T": 64, "K": 128, "V": 128, "1": 1}
 """Typical extents, for the weight of a value in registers."""
@@ -511,7 +511,7 @@ class _Writer:
         inner = {"1": "1"}.get(k, k)
         at = f"{tile} + saved * ({rows} * {inner})"
         at += {"T": f" + row * {inner}", "1": ""}.get(r, f" + r{r} * {inner}")
-        at += f" + c{k}" if k != "1" else ""
+        at += f" + c{k}" if k != "1" else " + tl.zeros([1, 1], tl.int32)" if r == "1" else ""
         return at, self._pad(op.dims)
 
     def _store(self, name: str, op: Op) -> None:
@@ -588,7 +588,7 @@ class _Writer:
     def _op(self, op: Op) -> None:
         if op.id in self.scaled or op.id in self.traced:
             return
-        for i in op.args:
+        for i in [j for a in op.args for j in self.scaled.get(a, (a,))]:
             if i in self.piece.known and i not in self.done:
                 at, mask = self._tile(self.program.index[i])
                 self.line(f"{self.v(i)} = tl.load({at}, mask={mask}{'' if mask == 'None' else ', other=0.0'})")
@@ -612,6 +612,8 @@ class _Writer:
                 x, y = self.traced[op.args[0]]
                 text = f"tl.sum({self.f(x)} * {self.f(y)}, axis=1, keep_dims=True)"
                 self.line(f"{name} = {text} if DT == tl.float32 else diagonal(dot({self.h(x)}, tl.trans({self.h(y)}), DT))")
+            case "sum" if self.program.index[op.args[0]].dims == ("T", "1"):
+                self.line(f"{name} = total({self.f(op.args[0])})")
             case "sum":
                 self.line(f"{name} = tl.sum({self.f(op.args[0])}, axis={op.attr('axis')}, keep_dims=True)")
             case "max":

@@ -15,7 +15,7 @@ import sympy
 
 from lsmc.functions import exp
 from lsmc.ir import Builder, Carry, Op, Program, operand
-from lsmc.lowering.backends.triton_sums import plain_sum, together
+from lsmc.lowering.backends.triton_sums import plain_sum, product, together
 
 Term = tuple[sympy.Expr, tuple[int, ...]]
 """A number and the values that it multiplies, with repetitions."""
@@ -54,7 +54,7 @@ class _Factored(Builder):
 
     def round(self, a: int) -> int:
         """`a` as an operand of the matrix units: what is subtracted from one another has to be the same numbers."""
-        number, values = self.product(a)
+        number, values = product(self, a)
         out = self.emit("round", self.dims(a), a)
         self.rounded[values] = 1 / number, (out,)
         return out
@@ -71,15 +71,6 @@ class _Factored(Builder):
         term = self._term(operand(0), (a,))
         rounded = axis == 0 and term is not None and any(whole[0] in term[1] for _, whole in self.rounded.values())
         return super().sum(self.multiplied(term) if rounded and term else a, axis)
-
-    def product(self, a: int) -> Term:
-        """The factors of a value."""
-        op = self.ops[a]
-        expr = op.attr("expr") if op.kind == "map" else None
-        if expr is None or expr.is_Add or any(not (f.is_Symbol or f.is_number) for f in sympy.Mul.make_args(expr)):
-            return sympy.Integer(1), (a,)
-        parts = [(f, ()) if f.is_number else self.product(op.args[_place(f)]) for f in sympy.Mul.make_args(expr)]
-        return sympy.Mul(*(c for c, _ in parts)), tuple(sorted(v for _, vs in parts for v in vs))
 
     def map(self, expr: sympy.Expr | int, *args: int) -> int:
         terms = self._terms(sympy.expand(expr), args)
@@ -105,7 +96,7 @@ class _Factored(Builder):
             if f.is_number:
                 number *= f
             elif base.is_Symbol and power.is_Integer and power > 0:
-                c, vs = self.product(args[_place(base)])
+                c, vs = product(self, args[_place(base)])
                 number, values = number * c**power, values + list(vs) * int(power)
             else:
                 return None

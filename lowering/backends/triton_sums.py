@@ -1,7 +1,8 @@
-"""Running sums that are added are taken of the sum: one pass over the rows instead of one each.
+"""Fewer and shorter sums: what is added is summed once, and row sums are taken where they need the least.
 
-Sums from the rows behind stay; sums over the rows before become the total less those behind. In the tile functions a
-running sum of 16-bit inputs keeps 17 bits of each summand, so nothing is lost that was there.
+Running sums that are added are taken of the sum: one pass over the rows instead of one each. Sums from the rows behind stay;
+sums over the rows before become the total less those behind. In the tile functions a running
+sum of 16-bit inputs keeps 15 bits of each summand, so little is lost that was there.
 """
 
 from __future__ import annotations
@@ -12,17 +13,48 @@ from lsmc.ir import Builder, Carry, Op, Program, operand, prune, verify
 
 
 def gather(program: Program) -> Program:
-    """`program` with the wide running sums of each addition taken together."""
+    """`program` with the wide running sums of each addition taken together, and shorter row sums."""
     b = Builder()
     new: dict[int, int] = {}
+    products = {(op.args, op.attr("tb")) for op in program.ops if op.kind == "matmul" and not op.attr("ta")}
     for op in program.ops:
         args = [new[a] for a in op.args]
-        if op.kind == "map":
+        if op.kind == "sum" and op.attr("axis") == 1 and op.dims[0] == "T":
+            known = {((new[x], new[y]), tb) for (x, y), tb in products if x in new and y in new}
+            new[op.id] = row_sum(b, args[0], known)
+        elif op.kind == "map":
             new[op.id] = plain_sum(op) and together(b, args) or b.map(op.attr("expr"), *args)
         else:
             new[op.id] = b.emit(op.kind, op.dims, *args, **dict(op.attrs))
     carries = tuple(Carry(c.name, new[c.inp], new[c.out], c.reverse) for c in program.carries)
     return verify(prune(Program(program.name, tuple(b.ops), carries, tuple((n, new[i]) for n, i in program.outputs))))
+
+
+def product(b: Builder, a: int) -> tuple[sympy.Expr, tuple[int, ...]]:
+    """A value as a number times other values, with repetitions."""
+    op = b.ops[a]
+    expr = op.attr("expr") if op.kind == "map" else None
+    if expr is None or expr.is_Add or any(not (f.is_Symbol or f.is_number) for f in sympy.Mul.make_args(expr)):
+        return sympy.Integer(1), (a,)
+    parts = [(f, ()) if f.is_number else product(b, op.args[int(str(f)[1:])]) for f in sympy.Mul.make_args(expr)]
+    return sympy.Mul(*(c for c, _ in parts)), tuple(sorted(v for _, vs in parts for v in vs))
+
+
+def row_sum(b: Builder, a: int, products: set[tuple[tuple[int, int], bool]]) -> int:
+    """The sum of each row: factors of one number a row come after it, and over V of P Q ⊙ Y it is that over K of P ⊙ Y Qᵀ, if
+    Y Qᵀ is one of the `products` (whose second factors may stand transposed): gradient kernels share K among programs."""
+    number, values = product(b, a)
+    outside = [v for v in values if b.dims(v)[1] == "1"]
+    inside = [v for v in values if b.dims(v)[1] != "1"]
+    for x, y in (inside, inside[::-1]) if len(inside) == 2 else ():
+        op = b.ops[x]
+        if op.dims[1] == "V" and op.kind == "matmul" and not op.attr("ta") and ((y, op.args[1]), not op.attr("tb")) in products:
+            inside = [op.args[0], b.matmul(y, op.args[1], tb=not op.attr("tb"))]
+            break
+    total = b.sum(inside[0] if len(inside) == 1 else b.mul(*inside), 1)
+    if not outside and number == 1:
+        return total
+    return b.map(sympy.Mul(number, *(operand(i) for i in range(len(outside) + 1))), *outside, total)
 
 
 def plain_sum(op: Op) -> bool:

@@ -93,6 +93,12 @@ def running(x, DT: tl.constexpr, EXACT: tl.constexpr = False):
 
 
 @triton.jit
+def total(x):
+    """The sum over the rows of a column, as a 1×1 tile. A column as it is would be held whole by every thread."""
+    return tl.reshape(tl.sum(tl.reshape(x, [x.shape[0]]), axis=0, keep_dims=True), [1, 1])
+
+
+@triton.jit
 def _behind(before_a, last_a, before_b, last_b):
     """Of two runs of rows: the sum of all rows but the last, and the last."""
     return before_a + last_a + before_b, last_b
