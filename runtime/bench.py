@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 
 from lsmc.cases import Case, sample
+from lsmc.lowering import ptxas
 from lsmc.reference import reference
-from lsmc.runtime.doctor import ptxas_in_use
 from lsmc.runtime.errors import LsmConfigError
 
 GPU_SHAPES = ("16,4096,8,128,128", "8,2048,8,128,128")
@@ -263,7 +263,7 @@ def environment() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             return None
 
-    used = ptxas_in_use()
+    used = ptxas.in_use()
     return {
         "date": time.strftime("%Y-%m-%d"),
         "cpu": _cpu(),
