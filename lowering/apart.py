@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
+GRACE = 10.0
+"""Seconds that a killed process may take to go: a driver may hold it."""
 STARTS = 3
 """Workers in a row that may end before their first job."""
 
@@ -86,13 +88,13 @@ def apart(work: Callable[[Job], Result], jobs: Sequence[Job], count: int, limit:
                 if worker.job is not None and worker.since is not None and time.monotonic() - worker.since > limit:
                     del workers[pipe]
                     worker.process.kill()
-                    worker.process.join()
+                    worker.process.join(GRACE)
                     yield worker.job, Failure(f"no end after {limit:.0f} s")
     finally:
         for worker in workers.values():
             worker.process.kill()
         for worker in workers.values():
-            worker.process.join()
+            worker.process.join(GRACE)
 
 
 def _ended(process: BaseProcess) -> str:

@@ -58,8 +58,8 @@ def candidates(compiled: Compiled, shape: Shape, target: Target = H200) -> dict[
     """Candidates and the seconds predicted for them, by kernel: the default first, then what differs least from it, of those
     the best predictions: the model knows columns better than loads ahead.
 
-    Varied are the columns of the split dimension; for scans the loads ahead; and eight warps where one program takes all
-    columns (they were slower everywhere else).
+    Varied are the columns of the split dimension; where there is a loop, the loads ahead; and eight warps where one program
+    takes all columns (they were slower everywhere else).
     """
     out: dict[str, dict[Candidate, float]] = {}
     usual = defaults(compiled, shape)
@@ -73,7 +73,7 @@ def candidates(compiled: Compiled, shape: Shape, target: Target = H200) -> dict[
         for columns in dict.fromkeys([base[split], *(c for c in COLUMNS if c <= full)]) if k.split else (None,):
             for warps in (4, 8) if columns in (None, full) else (4,):
                 seconds = predict(compiled.program, compiled.schedule, k.kernel.name, shape, target, columns, warps)
-                for stages in STAGES if k.scan and warps == 4 else (base["num_stages"],):
+                for stages in STAGES if (k.scan or k.inner) and warps == 4 else (base["num_stages"],):
                     plan = {**base, **({split: columns} if columns else {}), "num_warps": warps, "num_stages": stages}
                     made[Candidate.of(k.kernel.name, plan)] = seconds
         first = Candidate.of(k.kernel.name, base)

@@ -28,6 +28,8 @@ Operations, with rows i, j and columns d:
 | `between{strict,before}` | D_ij = exp(sum of g over (j, i]), masked; `before` leaves out g_i: (j, i) |
 | `between_grad{before}` | its transpose: dg_l = sum of W_ij over the pairs whose interval holds l |
 | `inverse` | (I + L)⁻¹ for strictly lower L |
+| `round` | the value as the operand of a product holds it, where that has fewer digits; only backends make it |
+| `diagonal` | that of a (T, T) tile, as a (T, 1) column; only backends make it |
 
 **The decay form.** F(P, X, Y, g) = Σ_{j<i} Σ_d P_ij X_id Y_jd exp(Σ_{l in (j, i]} g_ld) is linear in P, X and Y. The
 decay-weighted product is ∂F/∂P, its application to values ∂F/∂X, the reverse application ∂F/∂Y and the gate gradient
@@ -59,7 +61,7 @@ DIMS = ("T", "K", "V", "1")
 KINDS: dict[str, tuple[int, ...]] = {  # kind -> permitted operand counts
     "input": (0,), "map": tuple(range(17)), "expand": (1,), "transpose": (1,), "matmul": (2,), "sum": (1,), "max": (1,),
     "cumsum": (1,), "mask": (1,), "valid": (1,), "form": (3,), "form_gate": (4,), "between": (1,), "between_grad": (1,),
-    "inverse": (1,),
+    "inverse": (1,), "round": (1,), "diagonal": (1,),
 }
 _FLAG = (True, False)
 ATTRS: dict[str, dict[str, tuple[Any, ...]]] = {  # kind -> its attributes and their permitted values (any, if none is listed)

@@ -39,7 +39,8 @@ from lsmc.lowering.tuned.store import Entry, Like, Machine, Plan, Rejected, Time
 from lsmc.pipeline import CHUNK, Options, compile_plan
 from lsmc.reference import reference
 from lsmc.resolve import resolve
-from lsmc.runtime.bench import GPU_SHAPES, parse_shape
+from lsmc.runtime.bench.command import SHAPES
+from lsmc.runtime.bench.measure import parse_shape
 from lsmc.runtime.errors import LsmConfigError
 from lsmc.schedules import Shape
 from lsmc.target import H200
@@ -64,7 +65,7 @@ POOL = 256
 CHECKERS = 6
 COMPILING, CHECKING, TIMING = 400.0, 90.0, 60.0
 """Seconds after which one candidate is given up."""
-SLICES = (0.5, 0.72, 0.93, 1.0)
+SLICES = (0.55, 0.75, 0.93, 1.0)
 """Parts of the time limit at which compiling, checking, timing and the comparison of what was chosen end."""
 
 Sizes = tuple[int, int, int, int, int]
@@ -170,7 +171,7 @@ def launches(subject: Subject, call: Call) -> dict[str, Any]:
     start = dict(zip(plan.carries, (x.detach() for x in call.start)))
     forward = made["forward"].prepare(inputs, start, chunk, call.cu_seqlens)
     v = inputs["v"] if "v" in inputs else next(iter(inputs.values()))
-    d_o = v.new_ones((forward.batch, forward.tokens, forward.heads, forward.size["V"]))
+    d_o = v.new_empty((forward.batch, forward.tokens, forward.heads, forward.size["V"])).normal_()
     ends = {}
     for c in made["forward"].program.carries:
         r, k = (forward.size[d] for d in made["forward"].program.index[c.inp].dims)
@@ -411,16 +412,21 @@ def trials(subject: Subject) -> dict[Trial, dict[Sizes, float]]:
 def run(methods: Sequence[str], *, shapes: Sequence[str] = (), dtype: str = "bfloat16", gates: str | None = None,
         scale: float = 1.0, state: bool = False, packed: bool = False, limit: float | None = None, out: Path | None = None,
         dry_run: bool = False) -> list[Entry]:
-    """Tune methods (none: the zoo) at shapes "B,T,H,K,V", store what was found, print it; `dry_run` only lists candidates, without a GPU.
+    """Tune methods (none: the zoo) at shapes "B,T,H,K,V", store and print what was found.
 
-    dtype of q, k and v, gates (default: the same) that of the other inputs per token; state: calls start from a memory;
-    packed: the B sequences come as one with `cu_seqlens`; limit: seconds, after which the best so far is taken; out: all
-    entries as one JSON list, as the shipped tables are. Raises LsmConfigError, LsmNameError.
+    `dry_run` only lists the candidates, and needs no GPU.
+
+    dtype, gates   of q, k and v, and of the other inputs per token (default: the same)
+    state, packed  calls start from a memory; the B sequences come as one with `cu_seqlens`
+    limit          seconds, after which the best so far is taken
+    out            where to write all entries as one JSON list, as the shipped tables are
+
+    Raises LsmConfigError, LsmNameError.
     """
     for text in (dtype, gates or dtype):
         if text not in DTYPES:
             raise LsmConfigError(f"{text!r}: kernels are tuned for {', '.join(DTYPES)}")
-    sizes = [parse_shape(text) for text in shapes or GPU_SHAPES]
+    sizes = [parse_shape(text) for text in shapes or SHAPES["cuda"]]
     methods = methods or zoo.names()
     for method in methods:
         resolve(method)  # mistakes first

@@ -231,7 +231,7 @@ class _Launch:
             return 0, {}
         plan = self.plan(k)
         blocks = 1
-        if k.split:
+        if k.split and not k.inner:
             blocks = triton.cdiv(self.size[k.split], plan["BK" if k.split == "K" else "BV"])
         for name, op in k.stores:
             if k.how != "slow":
@@ -297,4 +297,4 @@ def plan_of(k: Emitted, key: int, value: int, sequences: int, chunk: int) -> Pla
     size = {"K": max(16, triton.next_power_of_2(key)), "V": max(16, triton.next_power_of_2(value))}
     if k.split:
         size[k.split] = min(size[k.split], k.block)
-    return {"BK": size["K"], "BV": size["V"], "num_warps": 4, "num_stages": 2 if k.scan else 1}
+    return {"BK": size["K"], "BV": size["V"], "num_warps": 4, "num_stages": 2 if k.scan or k.inner else 1}

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from lsmc.lsm import LSM
 from lsmc.zoo.bla import bla
+from lsmc.zoo.deltanet import deltanet
 from lsmc.zoo.gated_deltanet import gated_deltanet
 from lsmc.zoo.gla import gla
 from lsmc.zoo.kda import kda
+from lsmc.zoo.mamba2 import mamba2
 from lsmc.zoo.retnet import retnet
 from lsmc.zoo.rwkv6 import rwkv6
 
-METHODS: tuple[LSM, ...] = (bla, retnet, gla, gated_deltanet, kda, rwkv6)
+METHODS: tuple[LSM, ...] = (bla, retnet, mamba2, gla, deltanet, gated_deltanet, kda, rwkv6)
 
 
 def names() -> tuple[str, ...]:
@@ -21,4 +23,4 @@ def names() -> tuple[str, ...]:
     return tuple(method.name for method in METHODS)
 
 
-__all__ = ["METHODS", "bla", "gated_deltanet", "gla", "kda", "names", "retnet", "rwkv6"]
+__all__ = ["METHODS", "bla", "deltanet", "gated_deltanet", "gla", "kda", "mamba2", "names", "retnet", "rwkv6"]

@@ -167,6 +167,8 @@ BY_HAND: list[tuple[LSM, Callable[..., tuple[Tensor, Tensor]]]] = [
     (lsmc.zoo.gated_deltanet, gated_deltanet),
     (lsmc.zoo.kda, kda),
     (lsmc.zoo.rwkv6, rwkv6),
+    (lsmc.zoo.deltanet, deltanet),
+    (lsmc.zoo.mamba2, skip),
     (
         LSM("delta", recurrence=(eye - scalar("beta") * outer(k, k)) @ M + scalar("beta") * outer(k, v)),
         deltanet,

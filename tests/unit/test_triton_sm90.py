@@ -19,6 +19,7 @@ import pytest
 from lsmc import zoo
 from lsmc.adjoint import differentiate
 from lsmc.chunk import derive
+from lsmc.lowering.plan import ranking
 from lsmc.pipeline import CHUNK, Options, compile_plan
 from lsmc.schedules import CUTS, Shape, choose
 from lsmc.target import H200
@@ -36,7 +37,7 @@ def chosen(name: str, direction: str) -> list[str]:
     program = forward if direction == "forward" else differentiate(forward)
     shapes = [Shape(64, 4096, 128, 128, CHUNK)]
     shapes += [Shape(s, t, 128, 128, CHUNK) for s, t in itertools.product((1, 16, 128, 1024), (64, 2048, 65536))]
-    return list(dict.fromkeys(choose(program, tuple(CUTS.values()), s).schedule.name for s in shapes))
+    return list(dict.fromkeys(choose(program, tuple(CUTS.values()), s, rank=ranking("triton")).schedule.name for s in shapes))
 
 
 def measure(name: str, direction: str, schedule: str, dtype: str) -> list[Any]:

@@ -330,9 +330,7 @@ def test_looking_up_again_reads_no_file(monkeypatch: pytest.MonkeyPatch) -> None
 def test_shipped_tables_are_readable() -> None:
     for path in Path(store.__file__).parent.glob("*.json"):
         for record in json.loads(path.read_text()):
-            made = Entry.of(record)
-            assert made.plans
-            assert made.machine.ptxas
+            assert Entry.of(record).machine.ptxas
 
 
 def on_a_gpu(made: tuning.Subject) -> dict[str, Any]:
