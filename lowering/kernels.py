@@ -21,10 +21,10 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
-def cache_dir() -> Path:
-    """`$LSMC_CACHE`, else `~/.cache/lsmc`, with mode 0700; a private temporary directory where that is not ours."""
+def private_dir(part: str) -> Path | None:
+    """The folder `part` of `$LSMC_CACHE`, else of `~/.cache/lsmc`, with mode 0700; None where it cannot be ours."""
     home = os.environ.get("LSMC_CACHE") or str(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lsmc")
-    path = Path(home) / "kernels"
+    path = Path(home) / part
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         info = path.lstat()
@@ -35,7 +35,12 @@ def cache_dir() -> Path:
                 return path
     except OSError:
         pass
-    return Path(tempfile.mkdtemp(prefix="lsmc-kernels-"))
+    return None
+
+
+def cache_dir() -> Path:
+    """Where generated sources go: the private folder `kernels`, else a private temporary directory."""
+    return private_dir("kernels") or Path(tempfile.mkdtemp(prefix="lsmc-kernels-"))
 
 
 def load(source: str) -> ModuleType:

@@ -20,10 +20,11 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from lsmc.lowering import ptxas
 from lsmc.lowering.backends.triton import Compiled, plan_of
 from lsmc.lowering.backends.triton_emit import Emitted
 
-PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,15 @@ def resources(compiled: Compiled, key: int = 128, value: int = 128, chunk: int =
     """Compile every kernel of a program for the given sizes; `plan` overrides blocks, `num_warps` and `num_stages`."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("Triton's interpreter is on in this process (TRITON_INTERPRET=1): compile in another one")
-    return [_one(compiled, k, key, value, chunk, dtype, plan_of(k, key, value, sequences, chunk) | plan)
+    return [resource(compiled, k, key, value, chunk, dtype, plan_of(k, key, value, sequences, chunk) | plan)
             for k in compiled.kernels]
 
 
-def _one(compiled: Compiled, k: Emitted, key: int, value: int, chunk: int, dtype: str, plan: dict[str, int]) -> Resources:
+def resource(compiled: Compiled, k: Emitted, key: int, value: int, chunk: int, dtype: str, plan: dict[str, int]) -> Resources:
+    """What one kernel takes under a plan."""
+    used = ptxas.in_use()
+    if used is None:
+        raise RuntimeError("no ptxas that runs: lsmc doctor says more")
     function: Any = compiled.functions[k.name]
     types = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
     plan = dict(plan)
@@ -86,7 +91,7 @@ def _one(compiled: Compiled, k: Emitted, key: int, value: int, chunk: int, dtype
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
-        report = subprocess.run([str(PTXAS), "-v", "--gpu-name=sm_90a", str(path), "-o", str(path) + ".o"],
+        report = subprocess.run([used[0], "-v", "--gpu-name=sm_90a", str(path), "-o", str(path) + ".o"],
                                 capture_output=True, text=True, check=True).stderr
 
     def number(pattern: str) -> int:

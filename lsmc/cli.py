@@ -107,6 +107,26 @@ def bench(
         caches=caches, read=read, out=out, markdown=markdown, page=page)  # fmt: skip
 
 
+def tune(
+    methods: Annotated[Positional[tuple[str, ...]], arg(metavar="[METHOD …]", help="default: the zoo")] = (),
+    /,
+    shapes: Annotated[tuple[str, ...], arg(help="each B,T,H,K,V")] = (),
+    dtype: Annotated[str, arg(help="of q, k and v: bfloat16, float16 or float32")] = "bfloat16",
+    gates: Annotated[str | None, arg(help="of the other inputs of a token; default: the same")] = None,
+    scale: Annotated[float, arg(help="the operator's `scale`, which stands in the generated code")] = 1.0,
+    state: Annotated[bool, arg(help="for calls that start from a memory")] = False,
+    packed: Annotated[bool, arg(help="for calls with `cu_seqlens`: the B sequences packed into one")] = False,
+    limit: Annotated[float | None, arg(help="seconds, after which the best so far is taken")] = None,
+    out: Annotated[Path | None, arg(help="also write what was found, all in one JSON file")] = None,
+    dry_run: Annotated[bool, arg(help="list the candidates and what they take of an sm_90; needs no GPU")] = False,
+) -> None:
+    """Find the fastest plans of a method's kernels among those that give the right numbers, and keep them in the cache."""
+    from lsmc.runtime.tuning import run
+
+    run(methods, shapes=shapes, dtype=dtype, gates=gates, scale=scale, state=state, packed=packed, limit=limit, out=out,
+        dry_run=dry_run)  # fmt: skip
+
+
 def train() -> None:
     """Train a hybrid model on text: `lsmc train [CONFIG] --help` lists every setting."""
 
@@ -180,6 +200,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "train": train,
     "generate": generate,
     "bench": bench,
+    "tune": tune,
     "doctor": doctor,
 }
 

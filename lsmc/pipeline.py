@@ -21,6 +21,7 @@ from lsmc.errors import LsmOptionError
 from lsmc.factors import hoist
 from lsmc.ir import Program
 from lsmc.lowering.plan import Direction, Plan, ranking
+from lsmc.lowering.tuned.store import describe
 from lsmc.schedules import CUTS, Choice, Shape, choose
 
 _T = TypeVar("_T")
@@ -82,12 +83,16 @@ def stages(canonical: Canonical, options: Options, shape: Shape = TYPICAL) -> di
         "canonical": lambda: canonical,
         "chunk": lambda: plan.forward.program,
         "backward": lambda: plan.backward.program,
-        "schedule": lambda: plan.forward.choice,
-        "backward_schedule": lambda: plan.backward.choice,
+        "schedule": lambda: _measured(plan.forward),
+        "backward_schedule": lambda: _measured(plan.backward),
         "source": lambda: plan.forward.executable.source,
         "backward_source": lambda: plan.backward.executable.source,
     }
     return {name: str(text[name]()) for name in STAGES}
+
+
+def _measured(direction: Direction) -> str:
+    return f"{direction.choice}\n{describe(direction.executable.hash)}".rstrip("\n")
 
 
 def _log(stage: str, value: _T) -> _T:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -14,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Status = Literal["ok", "warn", "bad", "info"]
+from lsmc.lowering import ptxas
+from lsmc.lowering.ptxas import release
 
-# Wrong numbers on Hopper were traced to this release, which Triton 3.6 ships.
-BAD_PTXAS = "12.8.93"
-GOOD_PTXAS = (13, 1)
+Status = Literal["ok", "warn", "bad", "info"]
 
 
 @dataclass(frozen=True)
@@ -55,10 +53,6 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _release(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3])
-
-
 def _packages() -> list[Finding]:
     findings = []
     for package, least in [("torch", (2, 11)), ("triton", (3, 6)), ("numpy", (1, 26)), ("sympy", (1, 13))]:
@@ -67,12 +61,12 @@ def _packages() -> list[Finding]:
         if version is None:
             status: Status = "warn" if package == "triton" else "bad"
             findings.append(Finding(package, "not installed", status, f"pip install '{package}>={needed}'"))
-        elif _release(version) < least:
+        elif release(version) < least:
             findings.append(Finding(package, version, "bad", f"lsmc needs {package} {needed} or later"))
         else:
             findings.append(Finding(package, version))
     numpy, triton = _version("numpy"), _version("triton")
-    if numpy and triton and _release(numpy) >= (2, 4) and _release(triton) < (3, 7):
+    if numpy and triton and release(numpy) >= (2, 4) and release(triton) < (3, 7):
         advice = "only for running kernels on the CPU (TRITON_INTERPRET=1): pip install 'numpy<2.4'"
         findings.append(Finding("numpy with triton", f"{numpy} with {triton}", "warn", advice))
     for package, purpose in [
@@ -139,55 +133,18 @@ def _gpu() -> list[Finding]:
     return findings
 
 
-def ptxas_in_use() -> tuple[str, str] | None:
-    """Path and version of the assembler that Triton will call; None without Triton or a ptxas that runs."""
-    path = os.environ.get("TRITON_PTXAS_PATH")
-    if not path:
-        try:
-            import triton
-        except ImportError:
-            return None
-        path = str(Path(triton.__file__).parent / "backends/nvidia/bin/ptxas")
-    version = ptxas_version(path)
-    return (path, version) if version else None
-
-
-def ptxas_version(path: str) -> str | None:
-    """What a ptxas says of itself; None when it does not run."""
-    try:
-        text = subprocess.run(
-            [path, "--version"], capture_output=True, text=True, check=True, timeout=20
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    match = re.search(r"V(\d+\.\d+\.\d+)", text)
-    return match.group(1) if match else None
-
-
-def _newer_ptxas() -> str | None:
-    """The newest other ptxas within reach: of the package nvidia-cuda-nvcc, or of a CUDA toolkit."""
-    places = [
-        *(Path(path) / "nvidia" for path in sys.path if path.endswith("site-packages")),
-        Path("/usr/local"),
-    ]
-    found = [str(path) for place in places if place.is_dir() for path in place.glob("cu*/bin/ptxas")]
-    found += filter(None, [shutil.which("ptxas")])
-    versions = {path: _release(version) for path in found if (version := ptxas_version(path))}
-    best = max(versions, key=lambda path: versions[path], default=None)
-    return best if best and versions[best] >= GOOD_PTXAS else None
-
-
 def _select_ptxas() -> str:
-    newer = _newer_ptxas()
+    newer = ptxas.newer()
     if newer:
         return f"export TRITON_PTXAS_PATH={newer}"
-    return "pip install 'nvidia-cuda-nvcc>=13.1'; lsmc doctor then names its path for TRITON_PTXAS_PATH"
+    good = ".".join(map(str, ptxas.GOOD))
+    return f"pip install 'nvidia-cuda-nvcc>={good}'; lsmc doctor then names its path for TRITON_PTXAS_PATH"
 
 
 def _ptxas() -> list[Finding]:
     if _version("triton") is None:
         return []
-    used = ptxas_in_use()
+    used = ptxas.in_use()
     if used is None:
         chosen = os.environ.get("TRITON_PTXAS_PATH")
         advice = "TRITON_PTXAS_PATH does not name a ptxas that runs" if chosen else _select_ptxas()
@@ -195,13 +152,9 @@ def _ptxas() -> list[Finding]:
     path, version = used
     source = "TRITON_PTXAS_PATH" if os.environ.get("TRITON_PTXAS_PATH") else "Triton's own"
     found = f"{version} ({source}: {path})"
-    if version == BAD_PTXAS:
-        advice = (
-            f"this release has produced wrong numbers on Hopper (sm_90); choose another: {_select_ptxas()}"
-        )
+    if trouble := ptxas.trouble(version):
+        advice = f"{trouble}; plans are checked before lsmc tune adopts them, yet choose another: {_select_ptxas()}"
         return [Finding("ptxas", found, "warn", advice)]
-    if _release(version) < GOOD_PTXAS:
-        return [Finding("ptxas", found, "warn", f"13.1 or later is advised on Hopper: {_select_ptxas()}")]
     return [Finding("ptxas", found)]
 
 

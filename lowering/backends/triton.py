@@ -18,6 +18,8 @@ from lsmc.lowering.backends import triton_tiles
 from lsmc.lowering.backends.triton_emit import Emitted, emit
 from lsmc.lowering.backends.triton_record import Launched, Likeness, Recording, Room, likeness, recordable
 from lsmc.lowering.backends.triton_sums import gather
+from lsmc.lowering.tuned import store
+from lsmc.lowering.tuned.store import Like, Plan
 from lsmc.schedules import Schedule
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -36,13 +38,21 @@ class Compiled:
         self.program, self.schedule = gather(program), schedule
         self.source, self.kernels = emit(self.program, schedule)
         self.hash = kernels.digest(self.source + getsource(triton_tiles))
-        self.plans: dict[str, dict[str, int]] = {}  # by kernel: what a tuner found, over `plan_of`
+        self.plans: Mapping[str, Plan] = {}
         self.recordings: dict[Likeness, _Recorded] = {}
 
     @cached_property
     def functions(self) -> dict[str, Any]:
         module = kernels.load(self.source)
         return {k.name: getattr(module, k.name) for k in self.kernels}
+
+    def adopt(self, plans: Mapping[str, Plan]) -> None:
+        """Launch by these plans from now on, whatever was tuned: by the kernel's name in the schedule, "chunks_K".
+
+        What was recorded is forgotten.
+        """
+        self.plans = {name: dict(plan) for name, plan in plans.items()}
+        self.recordings.clear()
 
     def launch(self, inputs: Mapping[str, Tensor], memories: Mapping[str, Tensor | None], chunk: int,
                cu_seqlens: Tensor | None = None, dtypes: Mapping[str, torch.dtype] | None = None,
@@ -68,10 +78,15 @@ class Compiled:
 
     def _launch(self, inputs: Mapping[str, Tensor], memories: Mapping[str, Tensor | None], chunk: int,
                 cu_seqlens: Tensor | None, dtypes: Mapping[str, torch.dtype] | None) -> _Launch:
-        run = _Launch(self, inputs, memories, chunk, cu_seqlens, dtypes or {})
+        run = self.prepare(inputs, memories, chunk, cu_seqlens, dtypes)
         for k in self.kernels:
             run.kernel(k)
         return run
+
+    def prepare(self, inputs: Mapping[str, Tensor], memories: Mapping[str, Tensor | None], chunk: int,
+                cu_seqlens: Tensor | None = None, dtypes: Mapping[str, torch.dtype] | None = None) -> _Launch:
+        """A launch that has not begun, as `launch` begins it: for those who look at its kernels one by one."""
+        return _Launch(self, inputs, memories, chunk, cu_seqlens, dtypes or {})
 
     def _traced(self) -> bool:
         """Whether launches go into a graph: elsewhere a kernel that is wrapped for tracing is the kernel itself."""
@@ -146,6 +161,26 @@ class _Launch:
         self.outputs: dict[str, Tensor] = {}
         self.parts: dict[str, int] = {}
         self.ends: dict[str, Tensor] = {}
+        like = self.kind() if self.device.type == "cuda" else None
+        found = store.find(like, store.machine(self.device.index or 0)) if like else None
+        self.plans = {**(found.plans if found else {}), **compiled.plans}
+
+    def kind(self) -> Like | None:
+        """The class of this launch, by which plans are kept; None where sizes are symbolic."""
+        key, value = self.size.get("K", 1), self.size.get("V", 1)
+        if not all(isinstance(n, int) for n in (self.sequences, self.heads, self.tokens, key, value)):
+            return None
+        dtypes = " ".join(str(x.dtype).removeprefix("torch.") for x in self.inputs.values())
+        shared = any(x.ndim > 2 and x.shape[2] != self.heads for x in self.inputs.values())
+        given = tuple(c.name for c in self.program.carries if self.memories.get(c.name) is not None)
+        return Like(self.compiled.hash, store.rounded(self.sequences * self.heads), store.rounded(self.tokens), key, value,
+                    self.chunk, dtypes, shared, given, self.packed)
+
+    def plan(self, k: Emitted) -> Plan:
+        """Default, tuned, or adopted. The two kernels of a pair fill the same partial sums: they share their blocks."""
+        own = self.plans.get(k.kernel.name, {})
+        shared = {n: x for n, x in own.items() if n in ("BK", "BV")} if k.how == "slow" else own
+        return {**plan_of(k, self.size.get("K", 1), self.size.get("V", 1), self.sequences * self.heads, self.chunk), **shared}
 
     def room(self, shape: tuple[int, ...], dtype: torch.dtype, zero: bool = False) -> Tensor:
         self.rooms.append(Room((torch.zeros if zero else torch.empty)(shape, dtype=dtype, device=self.device), zero))
@@ -194,8 +229,7 @@ class _Launch:
         exact = self.type == tl.float32
         if exact and k.how == "slow":
             return 0, {}
-        plan = plan_of(k, self.size.get("K", 1), self.size.get("V", 1), self.sequences * self.heads, self.chunk)
-        plan |= self.compiled.plans.get(k.name, {})
+        plan = self.plan(k)
         blocks = 1
         if k.split and not k.inner:
             blocks = triton.cdiv(self.size[k.split], plan["BK" if k.split == "K" else "BV"])
@@ -258,7 +292,7 @@ def finish(outputs: Mapping[str, Tensor], inputs: Mapping[str, Tensor], parts: M
     return out
 
 
-def plan_of(k: Emitted, key: int, value: int, sequences: int, chunk: int) -> dict[str, int]:
+def plan_of(k: Emitted, key: int, value: int, sequences: int, chunk: int) -> Plan:
     """Block sizes, warps and pipeline stages of one launch."""
     size = {"K": max(16, triton.next_power_of_2(key)), "V": max(16, triton.next_power_of_2(value))}
     if k.split:

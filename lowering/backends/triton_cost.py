@@ -45,13 +45,21 @@ def estimate(program: Program, schedule: Schedule, shape: Shape, target: Target)
     return [_piece(program, p, shape, target) for p in pieces(program, schedule)]
 
 
-def _piece(program: Program, p: Piece, s: Shape, target: Target) -> Estimate:
+def predict(program: Program, schedule: Schedule, kernel: str, shape: Shape, target: Target, columns: int | None,
+            warps: int) -> float:
+    """Seconds of the kernel of this name under a plan; `program` has its sums gathered."""
+    p = next(p for p in pieces(program, schedule) if p.kernel.name == kernel)
+    return _piece(program, p, shape, target, columns, warps).seconds
+
+
+def _piece(program: Program, p: Piece, s: Shape, target: Target, columns: int | None = None, warps: int = 4) -> Estimate:
+    """`columns` of the split dimension and `warps` for each program, where not the default ones."""
     ends = p.roots(program)
     body = program.ancestors(ends, p.known)
     extent = {"T": s.chunk, "K": s.key, "V": s.value, "1": 1}
     blocks = 1
     if p.split:
-        columns = min(block(program, p), extent[p.split])
+        columns = min(columns or block(program, p), extent[p.split])
         blocks = -(-extent[p.split] // columns)
         extent[p.split] = columns
 
@@ -68,14 +76,15 @@ def _piece(program: Program, p: Piece, s: Shape, target: Target) -> Estimate:
     moved += sum(size(program.index[i]) * s.element_bytes for i in (*taken, *p.makes))
     moved += sum(size(program.index[i]) * s.element_bytes for n, i in program.outputs if n in p.kernel.stores)
     moved += sum(size(program.index[c.inp]) * s.element_bytes for c in program.carries if c.name in p.kernel.saves)
-    wanted = peak(order(body, ends, weight), weight) // 512
-    step = (PRODUCT * products + ELEMENT * elements) * (1 + max(0, wanted - REGISTERS) / (60 if p.kernel.carries else 300))
+    wanted = peak(order(body, ends, weight), weight) // (128 * warps)
+    step = PRODUCT * products + ELEMENT * elements * 4 / warps
+    step *= 1 + max(0, wanted - REGISTERS) / (60 if p.kernel.carries else 300)
     if p.kernel.carries:
         loaded = {op.id for op in body if op.kind == "input" and op.attr("role") == "token"} | p.known
         wide = {a for op in body if op.kind in ("map", "cumsum") for a in op.args if a in loaded}
         step += WAIT * sum("1" not in program.index[a].dims for a in wide)
     step += CHAINED * max(0, _chain(program, p) - 1)
-    resident = 2 * target.units
+    resident = 2 * target.units * 4 // warps
     programs = s.sequences * blocks
     if p.kernel.carries:
         work = step * s.chunks * -(-programs // resident) * (ALONE if programs <= target.units else 1.0)

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
+from lsmc.lowering import ptxas
 from lsmc.runtime.bench.contenders import CONTENDERS, OURS
 from lsmc.runtime.bench.measure import Timing, decode, measure, parse_shape
 from lsmc.runtime.bench.page import render
 from lsmc.runtime.bench.show import show
-from lsmc.runtime.doctor import ptxas_in_use
 from lsmc.runtime.errors import LsmConfigError
 
 SHAPES = {"cuda": ("16,4096,8,128,128", "8,2048,8,128,128"), "cpu": ("1,4096,4,64,64",)}
@@ -50,7 +50,7 @@ def environment() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             return None
 
-    used = ptxas_in_use()
+    used = ptxas.in_use()
     program = Path(sys.argv[0])
     return {
         "date": time.strftime("%Y-%m-%d"),

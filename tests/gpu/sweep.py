@@ -53,7 +53,7 @@ def prepared(name: str, schedule: str, chunk: int, shape: str) -> dict[str, tupl
 def compile_one(job: tuple[str, str, int, str, dict[str, int]]) -> str:
     name, schedule, chunk, kernel, plan = job
     run, k = prepared(name, schedule, chunk, "tiny")[kernel]
-    run.compiled.plans[k.name] = plan
+    run.plans = {k.kernel.name: plan}
     try:
         programs, args = run.arguments(k)
         made = run.compiled.functions[k.name].warmup(grid=(programs,), **args)
@@ -68,7 +68,7 @@ def time_all(group: list[tuple[str, str, int, str, dict[str, int]]], shape: str,
     """Puts the times of candidates, one by one: what was measured before a crash is kept."""
     for name, schedule, chunk, kernel, plan in group:
         run, k = prepared(name, schedule, chunk, shape)[kernel]
-        run.compiled.plans[k.name] = plan
+        run.plans = {k.kernel.name: plan}
         programs, args = run.arguments(k)  # outside of the graph, whose memory goes with it
         function = run.compiled.functions[k.name][(programs,)]
         try:

@@ -11,6 +11,7 @@ import pytest
 
 from lsmc import cli, zoo
 from lsmc.errors import LsmNameError
+from lsmc.lowering import ptxas
 from lsmc.resolve import LsmFileError, resolve
 from lsmc.runtime import bench, doctor
 from lsmc.runtime.errors import LsmConfigError
@@ -190,11 +191,27 @@ def test_doctor_reports_and_advises(
     status, out, _ = run(capsys, "doctor")
     assert status == 0
     assert all(word in out for word in ("python", "torch", "triton", "numpy", "gcc", "GPU", "ptxas"))
-    monkeypatch.setattr(doctor, "ptxas_version", lambda path: doctor.BAD_PTXAS)
+
+
+@pytest.mark.parametrize(("version", "said"), [("12.8.93", "wrong numbers"), ("12.9.1", "older than 13.1")])
+def test_doctor_warns_of_an_old_ptxas_and_names_a_newer_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str, said: str
+) -> None:
+    for path, answer in (("old/ptxas", version), ("site-packages/nvidia/cu13/bin/ptxas", "13.3.27")):
+        tool = tmp_path / path
+        tool.parent.mkdir(parents=True)
+        tool.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, V{answer}'\n")
+        tool.chmod(0o755)
+    monkeypatch.setenv("TRITON_PTXAS_PATH", str(tmp_path / "old/ptxas"))
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "site-packages")])
     [finding] = doctor._ptxas()
     assert finding.status == "warn"
-    assert "TRITON_PTXAS_PATH" in finding.advice
-    monkeypatch.setattr(doctor, "ptxas_version", lambda path: "13.1.80")
+    assert said in finding.advice
+    assert f"TRITON_PTXAS_PATH={tool}" in finding.advice
+    monkeypatch.setattr(ptxas, "newer", lambda: None)
+    [finding] = doctor._ptxas()
+    assert "pip install 'nvidia-cuda-nvcc>=13.1'" in finding.advice
+    monkeypatch.setenv("TRITON_PTXAS_PATH", str(tool))
     [finding] = doctor._ptxas()
     assert (finding.status, finding.advice) == ("ok", "")
 

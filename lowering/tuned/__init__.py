@@ -1,0 +1,1 @@
+"""Plans that were measured: a cache on disk, and the tables that are shipped, `*.json` beside this file."""
