@@ -95,8 +95,7 @@ class Compiled:
     def function(self) -> Callable[..., dict[str, Tensor]]:
         name = f"<lsmc aten {self.program.name} {self.hash}>"
         linecache.cache[name] = (len(self.source), None, self.source.splitlines(True), name)
-        scope: dict[str, object] = {"torch": torch, "carry": aten_carry.carry, **{n: getattr(aten_tiles, n) for n in (
-            "cumsum", "shift", "mask", "between", "crossing", "inverse", "add", "down", "far", "form", "form_grads")}}
+        scope: dict[str, object] = {"torch": torch, "carry": aten_carry.carry, "together": aten_carry.together, **aten_tiles.NAMES}
         exec(compile(self.source, name, "exec"), scope)
         return scope["run"]  # type: ignore[return-value]
 
@@ -147,11 +146,16 @@ def _emit(program: Program, schedule: Schedule) -> str:
     """The source of `run(tiles, start, grid, size, unit, full)`: statements in the schedule's order, values shared."""
     program = rewrite(program)
     b = Builder(program.ops)
-    order: list[int | tuple[Carry, Move]] = []
+    order: list[int | tuple[Carry, Move] | tuple[Carry, ...]] = []
     carried = {c.name: c for c in program.carries}
     results = dict(program.outputs)
     for kernel in schedule.kernels:
-        order += [(carried[name], move(b, program, carried[name])) for name in kernel.carries]
+        carries = tuple(carried[name] for name in kernel.carries)
+        apart = [c for c in carries if not any(c in _needed_by(program, d, carries) for d in carries)
+                 and not _needed_by(program, c, carries)]
+        order += [(c, move(b, program, c)) for c in apart]
+        if bound := tuple(c for c in carries if c not in apart):
+            order.append(bound)
         order += [results[name] for name in results if name in kernel.stores]
     whole = Program(program.name, tuple(b.ops), program.carries, program.outputs)
     done = {c.inp for c in program.carries}
@@ -165,6 +169,15 @@ def _emit(program: Program, schedule: Schedule) -> str:
     for item in order:
         if isinstance(item, int):
             compute([item])
+            continue
+        if isinstance(item[-1], Carry):
+            steps, values = _step(whole, item, done)
+            compute(values)
+            targets = ", ".join([*(f"v{c.inp}" for c in item), *(f"end_{c.name}" for c in item)])
+            starts = ", ".join(f"start[{c.name!r}]" for c in item)
+            statements.append((targets, f"together([{', '.join(f'full(v{v})' for v in values)}], [{starts}], "
+                               f"grid.{'reset_reverse' if item[0].reverse else 'reset_forward'}, {item[0].reverse}, "
+                               f"[size['T'], size['K'], size['V']], {steps!r})", values))
             continue
         memory, how = item
         values = tuple(v for v in how.parts if v is not None)
@@ -185,8 +198,33 @@ def _emit(program: Program, schedule: Schedule) -> str:
         if dead:
             lines.append(f"    del {', '.join(dead)}")
     out = [f"{n!r}: v{i}" for n, i in results.items()]
-    out += [f"'end_{memory.name}': end_{memory.name}" for item in order if not isinstance(item, int) for memory in item[:1]]
+    out += [f"'end_{c.name}': end_{c.name}" for item in order if not isinstance(item, int) for c in item if isinstance(c, Carry)]
     return "\n".join([*lines, f"    return {{{', '.join(out)}}}", ""])
+
+
+def _needed_by(program: Program, carry: Carry, carries: Iterable[Carry]) -> set[Carry]:
+    """The other memories that one chunk's step of `carry` depends on."""
+    needed = {op.id for op in program.ancestors([carry.out])}
+    return {c for c in carries if c is not carry and c.inp in needed}
+
+
+def _step(program: Program, carries: tuple[Carry, ...], done: set[int]) -> tuple[str, tuple[int, ...]]:
+    """The source of one chunk's step of memories that depend on each other, and the values that it takes."""
+    memories = {c.inp for c in carries}
+    moved = set(memories)
+    for op in program.ops:
+        if moved & set(op.args):
+            moved.add(op.id)
+    known = done - memories | {op.id for op in program.ops if op.id not in moved}
+    body = [op for op in program.ancestors([c.out for c in carries], known | memories) if op.id in moved]
+    values = tuple(sorted({a for op in body for a in op.args if a not in moved or a in known}
+                          | {c.out for c in carries if c.out not in moved}))
+    assert all(op.kind not in ("input", "valid") for op in body), "a memory's rows are no tokens"
+    names = [f"    {', '.join(f'v{i}' for i in ids)}, = {of}" for ids, of in (
+        ([c.inp for c in carries], "memories"), (values, "values")) if ids]
+    lines = [f"    v{op.id} = {_source(op, program.index)}" for op in body]
+    ends = f"    return [{', '.join(f'v{c.out}' for c in carries)}]"
+    return "\n".join(["def step(memories, values, size, unit):", *names, *lines, ends, ""]), values
 
 
 def _source(op: Op, index: Mapping[int, Op]) -> str:

@@ -2,13 +2,19 @@
 
 A memory that only decays and grows is scanned in two levels: in all groups of √N chunks at once from zero, then over the
 groups, then both are joined. Each operation is then over many numbers, which a CPU needs to be fast. One that is also
-multiplied by matrices goes chunk by chunk.
+multiplied by matrices goes chunk by chunk. Memories that depend on each other go chunk by chunk together, each chunk
+running the operations between them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import cache
+
 import torch
 from torch import Tensor
+
+from lsmc.lowering.backends import aten_tiles
 
 LONG = 16
 """Chunks from which on two levels are worth it."""
@@ -50,6 +56,55 @@ def _(scale: Tensor | None, transition: Tensor | None, constant: Tensor | None, 
     return (start.new_empty((b, h, n, *start.shape[2:])),
             torch.empty_like(start, memory_format=torch.contiguous_format),
             start.new_empty((b, h, n, left.shape[-1] if left is not None else 0, start.shape[-1])))
+
+
+@torch.library.custom_op("lsmc::together", mutates_args=())
+def together(values: Sequence[Tensor], starts: Sequence[Tensor], reset: Tensor | None, reverse: bool, sizes: Sequence[int],
+             source: str) -> list[Tensor]:
+    """The memories that reach each chunk, then the last ones, of memories that one chunk moves by `source`.
+
+    source: of ``step(memories, values, size, unit)``, which gives the memories after a chunk; values: (B, H, N, …), of
+    which a chunk sees its own, (B, H, 1, …); starts: (B, H, K, V); sizes: of T, K and V → each (B, H, N, K, V), then each
+    (B, H, K, V). Packed sequences as in `carry`.
+    """
+    (b, h, n), step = values[0].shape[:3], _step_of(source)
+    size, unit = {"1": 1, **dict(zip("TKV", sizes, strict=True))}, starts[0].new_ones((1,) * 5)
+    states = [s.new_zeros((b, h, n, *s.shape[2:])) for s in starts]
+    memories, ends = [s[:, :, None] for s in starts], [s.clone(memory_format=torch.contiguous_format) for s in starts]
+    owners = None if reset is None else reset.tolist()
+    owner = None if reset is not None else slice(None)
+    for i in range(n)[::-1] if reverse else range(n):
+        if owners is not None and owners[i] >= 0:
+            owner = slice(owners[i], owners[i] + 1)
+            memories = [s[owner, :, None] for s in starts]
+        if owner is None:  # of no sequence
+            continue
+        for state, memory in zip(states, memories, strict=True):
+            state[:, :, i : i + 1] = memory
+        memories = step(memories, [x[:, :, i : i + 1] for x in values], size, unit)
+        if owners is not None:
+            for end, memory in zip(ends, memories, strict=True):
+                end[owner] = memory[:, :, 0]
+    if owners is None:
+        for end, memory in zip(ends, memories, strict=True):
+            end.copy_(memory[:, :, 0])
+    return [*states, *ends]
+
+
+@together.register_fake
+def _(values: Sequence[Tensor], starts: Sequence[Tensor], reset: Tensor | None, reverse: bool, sizes: Sequence[int],
+      source: str) -> list[Tensor]:
+    b, h, n = values[0].shape[:3]
+    states = [s.new_empty((b, h, n, *s.shape[2:])) for s in starts]
+    return [*states, *(torch.empty_like(s, memory_format=torch.contiguous_format) for s in starts)]
+
+
+@cache
+def _step_of(source: str) -> Callable[..., list[Tensor]]:
+    scope = {"torch": torch, **aten_tiles.NAMES}
+    exec(source, scope)
+    step: Callable[..., list[Tensor]] = scope["step"]
+    return step
 
 
 def _steps(parts: list[Tensor | None], memory: Tensor, states: Tensor, xs: Tensor, order: range) -> Tensor:

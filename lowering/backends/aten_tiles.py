@@ -342,3 +342,8 @@ class Packed(Dense):
 
     def untile(self, x: Tensor) -> Tensor:
         return x.movedim(1, 3).flatten(1, 2)[:, self.place]
+
+
+NAMES: dict[str, object] = {f.__name__: f for f in (cumsum, shift, mask, between, crossing, inverse, add, down)} | {
+    "far": far, "form": form, "form_grads": form_grads}
+"""What generated source calls."""

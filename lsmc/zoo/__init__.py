@@ -8,12 +8,24 @@ from __future__ import annotations
 from lsmc.lsm import LSM
 from lsmc.zoo.bla import bla
 from lsmc.zoo.gated_deltanet import gated_deltanet
+from lsmc.zoo.gateloop import gateloop
+from lsmc.zoo.gateloop_real import gateloop_real
+from lsmc.zoo.gfw import gfw
 from lsmc.zoo.gla import gla
+from lsmc.zoo.hgrn2 import hgrn2
 from lsmc.zoo.kda import kda
+from lsmc.zoo.lightning import lightning
 from lsmc.zoo.retnet import retnet
 from lsmc.zoo.rwkv6 import rwkv6
+from lsmc.zoo.rwkv7 import rwkv7
+from lsmc.zoo.titans import titans
+from lsmc.zoo.titans_plain import titans_plain
+from lsmc.zoo.ttt import ttt
 
-METHODS: tuple[LSM, ...] = (bla, retnet, gla, gated_deltanet, kda, rwkv6)
+METHODS: tuple[LSM, ...] = (
+    bla, lightning, retnet, gla, gfw, gateloop_real, gateloop, gated_deltanet, ttt, titans_plain,
+    titans, hgrn2, rwkv6, rwkv7, kda,
+)  # fmt: skip
 
 
 def names() -> tuple[str, ...]:
@@ -21,4 +33,7 @@ def names() -> tuple[str, ...]:
     return tuple(method.name for method in METHODS)
 
 
-__all__ = ["METHODS", "bla", "gated_deltanet", "gla", "kda", "names", "retnet", "rwkv6"]
+__all__ = [
+    "METHODS", "bla", "gated_deltanet", "gateloop", "gateloop_real", "gfw", "gla", "hgrn2", "kda", "lightning",
+    "names", "retnet", "rwkv6", "rwkv7", "titans", "titans_plain", "ttt",
+]  # fmt: skip

@@ -127,6 +127,24 @@ def rwkv7(memory, q, k, v, g, a, b):
     return memory, q @ memory
 
 
+def lightning(memory, q, k, v, log_a):
+    memory = log_a.exp() * memory + torch.outer(k, v)
+    return memory, q @ memory
+
+
+def hgrn2(memory, q, v, g):
+    forget = g.exp()
+    memory = torch.diag(forget) @ memory + torch.outer(1 - forget, v)
+    return memory, q @ memory
+
+
+def ttt(memory, q, k, v, eta):
+    at = memory.clone().requires_grad_()
+    (slope,) = torch.autograd.grad((k @ at - v).square().sum() / 2, at)
+    memory = memory - eta * slope
+    return memory, q @ memory
+
+
 def two_sided(memory, q, k, v, gk, gv):
     memory = torch.outer(gk.exp(), gv.exp()) * memory + torch.outer(k, v)
     return memory, q @ memory
@@ -167,12 +185,17 @@ BY_HAND: list[tuple[LSM, Callable[..., tuple[Tensor, Tensor]]]] = [
     (lsmc.zoo.gated_deltanet, gated_deltanet),
     (lsmc.zoo.kda, kda),
     (lsmc.zoo.rwkv6, rwkv6),
+    (lsmc.zoo.lightning, lightning),
+    (lsmc.zoo.hgrn2, hgrn2),
+    (lsmc.zoo.gateloop_real, gla),
+    (lsmc.zoo.rwkv7, rwkv7),
+    (lsmc.zoo.ttt, ttt),
+    (lsmc.zoo.gfw, two_sided),
+    (lsmc.zoo.titans_plain, momentless),
     (
         LSM("delta", recurrence=(eye - scalar("beta") * outer(k, k)) @ M + scalar("beta") * outer(k, v)),
         deltanet,
     ),
-    (LSM("reads_before", decay=Vector("g"), update=outer(vector("b"), vector("a") @ M) + outer(k, v)), rwkv7),
-    (LSM("two_sided", decay=Vector("gk") * Vector("gv", over="V"), update=outer(k, v)), two_sided),
     (LSM("full", decay=Matrix(lsmc.log(matrix("A"))), update=outer(k, v)), full),
     (
         LSM(

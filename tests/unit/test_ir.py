@@ -37,9 +37,10 @@ def programs(canonical: Canonical) -> list[Program]:
 C, SIZE = 6, {"T": 6, "K": 3, "V": 2, "1": 1}
 
 
-def draw(op: Op) -> Tensor:
-    """An input tile: small, and negative, so that it may be a log decay."""
-    return -torch.rand(SIZE[op.dims[0]], SIZE[op.dims[1]], dtype=torch.float64)
+def draw(op: Op, forward: Program) -> Tensor:
+    """An input tile: small, and negative, so that it may be a log decay, unless a logarithm is taken of it."""
+    logs = {a for o in forward.ops if o.kind == "map" and type(o.attr("expr")).__name__ == "log" for a in o.args}
+    return (1 if op.id in logs else -1) * torch.rand(SIZE[op.dims[0]], SIZE[op.dims[1]], dtype=torch.float64)
 
 
 def weights(strict: bool, before: bool, g: Tensor) -> Tensor:
@@ -108,7 +109,7 @@ def run(program: Program, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 def check_adjoint(forward: Program, backward: Program) -> None:
     """⟨J x, w⟩ = ⟨x, Jᵀ w⟩ for random directions x and w: the derivative of `forward` against the value of `backward`."""
     torch.manual_seed(0)
-    inputs = {op.attr("name"): draw(op) for op in forward.inputs()}
+    inputs = {op.attr("name"): draw(op, forward) for op in forward.inputs()}
     names = list(inputs)
     directions = tuple(torch.randn_like(x) for x in inputs.values())
     values, tangents = torch.func.jvp(lambda *xs: run(forward, dict(zip(names, xs))), tuple(inputs.values()), directions)
