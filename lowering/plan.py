@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
@@ -43,6 +45,13 @@ def ranking(target: str) -> Rank:
     return by_kernel
 
 
+@functools.cache
+def _library() -> str:
+    """A hash of the code that carries out generated source: graphs cached by other versions of it are not this one's."""
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
 @dataclass(frozen=True)
 class Direction:
     """A program with the schedule chosen for it, and what a backend compiled from them."""
@@ -62,7 +71,7 @@ class Direction:
 
 @dataclass(frozen=True)
 class Plan:
-    """Forward and backward of one method; `key` names it in a graph and covers all generated source."""
+    """Forward and backward of one method; `key` names it in a graph and covers all source, generated or not."""
 
     name: str
     chunk: int
@@ -71,7 +80,7 @@ class Plan:
 
     @cached_property
     def key(self) -> str:
-        text = f"{self.forward.executable.hash}{self.backward.executable.hash}{self.chunk}"
+        text = f"{self.forward.executable.hash}{self.backward.executable.hash}{self.chunk}{_library()}"
         return f"{self.name}:{self.forward.target}:{hashlib.sha256(text.encode()).hexdigest()[:20]}"
 
     @cached_property

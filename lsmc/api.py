@@ -65,6 +65,14 @@ def _spec_of(key: str, device: str, options: tuple[Any, ...], sizes: tuple[int, 
 
 
 @constant
+def _chunks(key: str, device: str) -> tuple[int, int]:
+    """The shortest and the usual chunk. On ATen the inverse that a read needs grows faster than what longer chunks save."""
+    if backend(device) == "aten":
+        return 1, CHUNK // 2 if declared(key).canonical.reads else CHUNK
+    return 16, CHUNK
+
+
+@constant
 def _spec(key: str, device: str, scale: float, chunk: int, schedule: str | None,
           sizes: tuple[int, ...] | None) -> str:
     return _spec_of(key, device, (scale, chunk, schedule), sizes)
@@ -109,8 +117,8 @@ def call(declaration: LSM, *, initial_state: State | None = None, return_final_s
         for name in casts:
             if tensors[name].dtype != torch.float64:
                 tensors[name] = tensors[name].to(dtype)
-    least, usual = (1, CHUNK // 2) if backend(device) == "aten" else (16, CHUNK)
-    if chunk is None:  # ATen works through whole (T, T) tiles, half of which is masked: shorter chunks waste less
+    if chunk is None:
+        least, usual = _chunks(declaration.key, device)
         chunk = usual if sizes is None else max(least, min(usual, sizes[1]))
     spec = _spec(declaration.key, device, float(scale), chunk, schedule, sizes)
     start: list[Tensor] = []

@@ -117,7 +117,7 @@ class Compiled:
             x = inputs[op.attr("name")].to(dtype)
             x = x[..., None] if op.dims[1] == "1" else x
             if op.attr("role") == "head":
-                tiles[op.attr("name")] = x[None, :, None, None, :]
+                tiles[op.attr("name")] = x[None, None, :, None, :]
                 continue
             if x.shape[2] != heads:
                 x = x.repeat_interleave(heads // x.shape[2], dim=2)
@@ -128,7 +128,7 @@ class Compiled:
             sizes |= zip(self.program.index[carry.inp].dims, memories[carry.name].shape[-2:], strict=True)
 
         def full(x: Tensor) -> Tensor:
-            return x.expand(batch, heads, grid.n, *x.shape[-2:])
+            return x.expand(grid.n, batch, heads, *x.shape[-2:])
 
         raw = self.function(tiles, memories, grid, sizes, unit, full)
         outputs: dict[str, Tensor] = {}
@@ -137,7 +137,7 @@ class Compiled:
             tile = full(raw[name])
             if c == "1":  # before tokens are cut off: a tracer asks of 4 dimensions whether any T makes them contiguous
                 tile = tile.squeeze(-1)
-            outputs[name] = grid.untile(tile) if r == "T" else tile.sum((0, 2)).squeeze(1)
+            outputs[name] = grid.untile(tile) if r == "T" else tile.sum((0, 1)).squeeze(1)
         ends = {c.name: raw[f"end_{c.name}"] for c in self.program.carries if f"end_{c.name}" in raw}
         return outputs, ends
 

@@ -1,4 +1,4 @@
-"""Tile operations of the IR on ATen: every tile is a batch `(B, HV, N, rows, columns)` over sequences, heads and chunks.
+"""Tile operations of the IR on ATen: every tile is a batch `(N, B, HV, rows, columns)` over chunks, sequences and heads.
 
 The decay form is one matrix product where decays allow it: with G the sums of g from the chunk's start, e^{G_i − G_j} =
 e^{G_i} e^{−G_j} for every element (j, d) whose −G_j stays within `reach`. The form is linear in Y, so the elements beyond
@@ -10,6 +10,7 @@ product of operands scaled by factors ≤ 1, and sums stay short. Which way an e
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -48,24 +49,27 @@ def _(x: Tensor, reverse: bool) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def below(x: Tensor, strict: bool) -> Tensor:
+    """Whether j < i (j <= i unless strict), (C, C). Not `tril`: torch 2.13 does not see that two traced ones are the same."""
+    rows = torch.arange(x.shape[-2], device=x.device)
+    return rows[:, None] > rows[None, :] if strict else rows[:, None] >= rows[None, :]
+
+
 def mask(x: Tensor, strict: bool) -> Tensor:
-    return x.tril(-1 if strict else 0)
+    return torch.where(below(x, strict), x, 0.0)
 
 
 def between(g: Tensor, strict: bool, before: bool) -> Tensor:
     """D_ij = exp(sum of g over (j, i]) for j < i (j <= i unless strict); g: (…, C, 1), result (…, C, C)."""
-    c = g.shape[-2]
-    keep = torch.ones(c, c, dtype=torch.bool, device=g.device).tril(-1)
-    sums = cumsum(torch.where(keep, g, torch.zeros_like(g)))
+    sums = cumsum(torch.where(below(g, strict=True), g, 0.0))
     sums = shift(sums) if before else sums
-    keep = keep if strict else torch.ones_like(keep).tril()
-    return torch.where(keep, sums, -torch.inf).exp()
+    return torch.where(below(g, strict), sums, -torch.inf).exp()
 
 
 def crossing(w: Tensor, before: bool) -> Tensor:
     """Of W_ij what starts to cross token l less what ends: its sum from l on is dg_l = sum of W_ij over j < l <= i (l < i
     when `before`); (…, C, C) to (…, C, 1)."""
-    pairs = w.tril(-1)
+    pairs = mask(w, strict=True)
     starts = pairs.sum(-1, keepdim=True)
     return (shift(starts, reverse=True) if before else starts) - pairs.sum(-2, keepdim=True).mT
 
@@ -178,7 +182,6 @@ def _(wrt: str, x: Tensor, y: Tensor, xs: Tensor, ys: Tensor, g: Tensor, up: Ten
     return x.new_empty((*lead, *((g.shape[-2],) * 2 if wrt == "P" else y.shape[-2:])))
 
 
-@torch.library.custom_op("lsmc::form_grads", mutates_args=())
 def form_grads(p: Tensor, x: Tensor, y: Tensor, xs: Tensor, ys: Tensor, g: Tensor, up: Tensor, down: Tensor, far: Tensor,
                strict: bool, before: bool) -> tuple[Tensor, Tensor, Tensor]:
     """∂F/∂X, ∂F/∂Y and ∂F/∂G together, which share their products; the diagonal, which has no decay, stays out.
@@ -186,34 +189,28 @@ def form_grads(p: Tensor, x: Tensor, y: Tensor, xs: Tensor, ys: Tensor, g: Tenso
     ∂F/∂g is the sum of ∂F/∂G over this row and all later ones.
     """
     lead = torch.broadcast_shapes(*(t.shape[:-2] for t in (p, x, y, up)))  # some are shared by all sequences or chunks
-    x, y = x.expand(*lead, -1, -1), y.expand(*lead, -1, -1)
-    xs, ys, inner = xs.expand(*lead, -1, -1), ys.expand(*lead, -1, -1), p.tril(-1)
+    x, y, xs, ys = (t.expand(*lead, -1, -1) for t in (x, y, xs, ys))
+    inner = mask(p, strict=True)
     to_x, to_y = inner @ ys, inner.mT @ xs
-    slope = torch.empty_like(to_x)
-    if before:
-        slope[..., -1:, :] = 0
-        torch.mul(xs[..., 1:, :], to_x[..., 1:, :], out=slope[..., :-1, :])
-    else:
-        torch.mul(xs, to_x, out=slope)
-    slope.addcmul_(ys, to_y, value=-1)
-    dx, dy = to_x.mul_(up), to_y.mul_(down)
+    slope = xs * to_x
+    slope = (shift(slope, reverse=True) if before else slope) - ys * to_y
+    dx, dy = to_x * up, to_y * down
     if not strict:
         diagonal = p.diagonal(dim1=-2, dim2=-1)[..., None]
-        dx.addcmul_(diagonal, y)
-        dy.addcmul_(diagonal, x)
+        dx, dy = dx + diagonal * y, dy + diagonal * x
+    _add_far_grads(dx, dy, slope, inner, x, y, g, down, far, before)
+    return dx, dy, slope
+
+
+@torch.library.custom_op("lsmc::add_far_grads", mutates_args=("dx", "dy", "slope"))
+def _add_far_grads(dx: Tensor, dy: Tensor, slope: Tensor, inner: Tensor, x: Tensor, y: Tensor, g: Tensor, down: Tensor,
+                   far: Tensor, before: bool) -> None:
+    """Adds what `form_grads` leaves out: elements that are out of reach."""
     if far:
         rest = _form_grads_by_halving(inner, x, _beyond(y, down), Levels(g, before))
-        dx, dy = dx.add_(rest[0]), dy.add_(_beyond(rest[1], down))
-        slope = slope.add_(rest[2]).sub_(shift(rest[2], reverse=True))
-    return dx, dy, slope
-
-
-@form_grads.register_fake
-def _(p: Tensor, x: Tensor, y: Tensor, xs: Tensor, ys: Tensor, g: Tensor, up: Tensor, down: Tensor, far: Tensor,
-      strict: bool, before: bool) -> tuple[Tensor, Tensor, Tensor]:
-    lead = torch.broadcast_shapes(p.shape[:-2], x.shape[:-2], y.shape[:-2], up.shape[:-2])
-    dx, dy, slope = (g.new_empty((*lead, *g.shape[-2:])) for _ in range(3))
-    return dx, dy, slope
+        dx.add_(rest[0])
+        dy.add_(_beyond(rest[1], down))
+        slope.add_(rest[2]).sub_(shift(rest[2], reverse=True))
 
 
 def _form_by_halving(wrt: str, x: Tensor, y: Tensor, levels: Levels, strict: bool) -> Tensor:
@@ -293,19 +290,25 @@ class Dense:
     def __init__(self, tokens: int, chunk: int, device: torch.device) -> None:
         self.t, self.c = tokens, chunk
         self.n = (tokens + chunk - 1) // chunk
-        rows = torch.arange(self.n * chunk, device=device).view(self.n, chunk, 1)
+        rows = torch.arange(self.n * chunk, device=device).view(self.n, 1, 1, chunk, 1)
         self.rows = rows < tokens
         self.full = isinstance(tokens, int) and tokens % chunk == 0  # no guard on symbolic sizes
 
     def tile(self, x: Tensor) -> Tensor:
-        """(B, T, H, D) → (B, H, N, C, D), contiguous, so that no product copies it."""
+        """(B, T, H, D) → (N, B, H, C, D), contiguous, so that no product copies it."""
         if not self.full:
             x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, self.n * self.c - self.t))
-        return x.unflatten(1, (self.n, self.c)).permute(0, 3, 1, 2, 4).contiguous()
+        return x.unflatten(1, (self.n, self.c)).permute(1, 0, 3, 2, 4).contiguous()
 
     def untile(self, x: Tensor) -> Tensor:
-        """(B, H, N, C, …) → (B, T, H, …)."""
-        return x.movedim(1, 3).flatten(1, 2)[:, : self.t]
+        """(N, B, H, C, …) → (B, T, H, …)."""
+        rows = self._rows(x)
+        if self.full:
+            return rows
+        return rows.index_select(1, torch.arange(self.t, device=x.device))  # of a slice a tracer asks if it is contiguous
+
+    def _rows(self, x: Tensor) -> Tensor:
+        return x.movedim((1, 0, 3, 2), (0, 1, 2, 3)).flatten(1, 2)
 
     def valid(self, x: Tensor) -> Tensor:
         return x if self.full else torch.where(self.rows, x, torch.zeros_like(x))
@@ -327,8 +330,8 @@ class Packed(Dense):
         first = ends[owner] - counts[owner]
         start = cu[:-1][owner] + (chunks - first) * chunk
         index = start[:, None] + torch.arange(chunk, device=device)
-        self.rows = ((index < cu[1:][owner][:, None]) & (chunks < ends[-1])[:, None])[..., None]
-        self.index = torch.where(self.rows[..., 0], index, tokens)
+        self.rows = ((index < cu[1:][owner][:, None]) & (chunks < ends[-1])[:, None])[:, None, None, :, None]
+        self.index = torch.where(self.rows[:, 0, 0, :, 0], index, tokens)
         spare = chunks >= ends[-1]  # nothing follows them, and in reverse nothing precedes: identity on no sequence
         self.reset_forward = torch.where((chunks == first) & ~spare, owner, -1 - owner)
         self.reset_reverse = torch.where((chunks == ends[owner] - 1) & ~spare, owner, -1 - owner)
@@ -338,12 +341,14 @@ class Packed(Dense):
 
     def tile(self, x: Tensor) -> Tensor:
         x = torch.cat([x, torch.zeros_like(x[:, :1])], 1)
-        return x[:, self.index].permute(0, 3, 1, 2, 4).contiguous()
+        return x[:, self.index].permute(1, 0, 3, 2, 4).contiguous()
 
     def untile(self, x: Tensor) -> Tensor:
-        return x.movedim(1, 3).flatten(1, 2)[:, self.place]
+        return self._rows(x)[:, self.place]
 
 
-NAMES: dict[str, object] = {f.__name__: f for f in (cumsum, shift, mask, between, crossing, inverse, add, down)} | {
-    "far": far, "form": form, "form_grads": form_grads}
+NAMES: dict[str, Callable[..., object]] = {
+    "cumsum": cumsum, "shift": shift, "mask": mask, "between": between, "crossing": crossing, "inverse": inverse, "add": add,
+    "down": down, "far": far, "form": form, "form_grads": form_grads,
+}
 """What generated source calls."""
