@@ -59,7 +59,7 @@ class _Derivation:
                                  "decay along K, or drop the read")
         along = next((p for p in (canonical.decay_k, canonical.decay_v, canonical.phase) if p is not None and dims_of(p)), None)
         if canonical.momentum is not None and (along is not None or canonical.phase is not None):
-            raise _no_chunk_form(canonical, f"momentum beside a decay that varies along the memory ({show(along or canonical.phase)})",
+            raise _no_chunk_form(canonical, f"momentum beside {show(along or canonical.phase)}, which varies along the memory",
                                  "decay by one number for each head: Scalar or Constant", "decay")
         if canonical.phase is not None and canonical.decay_v is not None:
             raise _no_chunk_form(canonical, "a memory that rotates decays along V", "decay along K", "decay")
@@ -124,10 +124,12 @@ class _Derivation:
 
     def _added(self, at: str) -> int:
         """How much of P_l the memory that token i reads holds: e^{g over (l, i]}, (T, T)."""
+        assert self.gk is not None
         return self.b.emit("between", ("T", "T"), self.gk, strict=at != "updated", before=at == "previous")
 
     def _accumulated(self) -> int:
         """How much of the write of token j the accumulator P_l holds: e^{μ over (j, l]}, (T, T)."""
+        assert self.momentum is not None
         return self.b.emit("between", ("T", "T"), self.momentum, strict=False, before=False)
 
     # -- reads and writes ---------------------------------------------------------------------------------------------
@@ -155,13 +157,14 @@ class _Derivation:
         if self.angle is None:
             return b.form("P", strict, before, self.gk, X=key, Y=write.key)
         turned = zip(self._turned(key, before), self._turned(write.key, False), strict=True)
-        return b.add(*(b.form("P", strict, before, self.gk, X=x, Y=y) for x, y in turned))
+        return b.add(*(b.form("P", True, before, self.gk, X=x, Y=y) for x, y in turned))
 
     def _from_write(self, key: int, at: str, write: _Written, value: int) -> int:
         p = self._weights(key, at, write)
-        if self.b.dims(value)[1] == "1":
-            return self.b.matmul(p, value)
-        if self.gv is None:
+        if self.angle is not None and at == "updated":  # a token's own write has not turned: angles have no gradient there
+            own = self.b.mul(self.b.sum(self.b.mul(key, write.key), axis=1), value)
+            return self.b.add(self.b.matmul(p, value), own)
+        if self.gv is None or self.b.dims(value)[1] == "1":
             return self.b.matmul(p, value)
         return self.b.form("X", at != "updated", at == "previous", self.gv, P=p, Y=value)
 

@@ -233,8 +233,9 @@ def _need(term: Term, allowed: tuple[frozenset[str], ...], kind: str, where: Whe
             OVER_V: 'Vector(…, over="V")',
             KV: "Matrix",
         }
+        what = "an angle" if kind == "Rotation" else "a log decay"
         raise LsmDimsError(
-            f"{kind} takes {'an angle' if kind == 'Rotation' else 'a log decay'} with dims {want}; {term!r} has dims {show_dims(term.dims)}", where=spot,
+            f"{kind} takes {what} with dims {want}; {term!r} has dims {show_dims(term.dims)}", where=spot,
             help=f"use {kinds[term.dims]}" if kind != "Rotation" else 'declare it with vector("theta", over="K")',
         )  # fmt: skip
 

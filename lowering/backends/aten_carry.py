@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,7 +93,7 @@ def _(values: Sequence[Tensor], starts: Sequence[Tensor], reset: Tensor | None, 
 
 @cache
 def _step_of(source: str) -> Callable[..., list[Tensor]]:
-    scope = {"torch": torch, **aten_tiles.NAMES}
+    scope: dict[str, Any] = {"torch": torch, **aten_tiles.NAMES}
     exec(source, scope)
     step: Callable[..., list[Tensor]] = scope["step"]
     return step
