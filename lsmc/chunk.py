@@ -9,6 +9,8 @@ With g the log decay, e^{prefix g} the decay from the chunk's start and e^{suffi
 
 All exponents are sums of g over tokens between the two ends, so none is positive and none is a difference.
 
+A decay over (K, V) does not factor: its tokens go one after the other inside the chunk, in one operation.
+
 A rotation by the angles θ beside g multiplies what passes from token j to token i by cos Σθ and sin Σθ over (j, i], and
 cos(a − b) = cos a cos b + sin a sin b splits these into factors of x_i and y_j: two decay forms, and two memories, the
 real and the imaginary part. Momentum μ, P ← e^μ P + KᵀU and M ← e^g M + P, weights what token j wrote, as token i reads
@@ -52,8 +54,7 @@ class _Derivation:
     def __init__(self, canonical: Canonical, scale: float) -> None:
         self.c, self.b = canonical, Builder()
         if canonical.decay_kv is not None:
-            raise _no_chunk_form(canonical, "a matrix decay over (K, V) does not factor over K and V",
-                                 "use Vector('a') * Vector('b', over='V')", "decay")
+            self._check_matrix()
         if canonical.reads and canonical.decay_v is not None:
             raise _no_chunk_form(canonical, "a memory that decays along V is read by its own update",
                                  "decay along K, or drop the read")
@@ -66,8 +67,9 @@ class _Derivation:
         self.values: dict[sympy.Symbol, int] = {}
         for f in canonical.inputs:
             self.values[f] = self._input(f, scale)
-        self.gk = self._gate(canonical.decay_k)
-        self.gv = self._gate(canonical.decay_v)
+        self.matrix = canonical.decay_kv is not None
+        self.gk = None if self.matrix else self._gate(canonical.decay_k)
+        self.gv = None if self.matrix else self._gate(canonical.decay_v)
         self.momentum = self._gate(canonical.momentum)
         if self.momentum is not None and self.gk is None:
             self.gk = self.b.expand(self.b.map(sympy.Integer(0)), ("T", "1"))
@@ -76,7 +78,21 @@ class _Derivation:
             self.angle = self.b.valid(self.b.expand(self.lower(canonical.phase), ("T", "K")))
         self.memories = {f.name: self.b.input(f.name, "carry", ("K", "V" if "V" in f.dims else "1")) for f in canonical.states}
 
+    def _check_matrix(self) -> None:
+        """A decay over (K, V) goes token by token inside a chunk: it needs no factors, but nothing may read in between."""
+        c = self.c
+        wide = [f for f in c.inputs if len(f.dims) == 2 and f.per == "token"]
+        if wide:
+            raise _no_chunk_form(c, f"the matrix {wide[0]} of every token does not factor over K and V",
+                                 "make it of vectors and per-head matrices, such as vector('dt', over='V') * matrix('A', "
+                                 "per='head'), or use Vector('a') * Vector('b', over='V')", "decay")
+        for part, what in ((c.reads, "is read by its own update"), (c.phase, "rotates"), (c.momentum, "has momentum")):
+            if part:
+                raise _no_chunk_form(c, f"a memory that decays along K and V together {what}", "decay along K", "decay")
+
     def _input(self, f: Field, scale: float) -> int:
+        if len(f.dims) == 2:
+            return self.b.input(f.name, f.per, ("K", "V"))
         last = f.dims[0] if f.dims else "1"
         tile = self.b.input(f.name, f.per, ("T" if f.per == "token" else "1", last))
         return self.b.map(operand(0) * number(scale), tile) if f.name == "q" and scale != 1.0 else tile
@@ -131,6 +147,21 @@ class _Derivation:
         """How much of the write of token j the accumulator P_l holds: e^{μ over (j, l]}, (T, T)."""
         assert self.momentum is not None
         return self.b.emit("between", ("T", "T"), self.momentum, strict=False, before=False)
+
+    def _scan(self, at: str, writes: list[_Written], query: int | None = None) -> int:
+        """What a query finds at every token, or the memory after the chunk, under a decay over (K, V)."""
+        log = sympy.Add(*self.c.decays)
+        inner = {s: self._reduce(s) for s in outermost(log)}
+        stand_in = {s: sympy.Dummy(real=True) for s in inner}
+        known = {**self.values, **{stand_in[s]: i for s, i in inner.items()}}
+        log = log.xreplace(stand_in)
+        used = sorted(log.free_symbols, key=lambda s: known[s])
+        log = log.xreplace({s: operand(n) for n, s in enumerate(used)})
+        rows = self.b.valid(self.b.expand(self.b.map(sympy.Integer(1)), ("T", "1")))
+        pairs = [i for w in writes for i in (w.key, w.value)]
+        first = [] if query is None else [query]
+        return self.b.emit("scan", ("K", "V") if query is None else ("T", "V"), *first, *pairs, self.memories[MEMORY], rows,
+                           *(known[s] for s in used), log=log, writes=len(writes), at=at)
 
     # -- reads and writes ---------------------------------------------------------------------------------------------
 
@@ -215,6 +246,8 @@ class _Derivation:
 
     def _query(self, query: Query, writes: list[_Written]) -> int:
         key = self._key(query.key)
+        if self.matrix:
+            return self._scan(query.at, writes, key)
         parts = [self._through_memory(key, query.at, query.of)]
         for w in writes:
             value = w.value if query.of == MEMORY else w.one
@@ -226,6 +259,8 @@ class _Derivation:
 
     def _next(self, of: str, writes: list[_Written]) -> int:
         b, memory = self.b, self.memories
+        if self.matrix:
+            return self._scan("", writes)
         if self.angle is not None:
             return self._next_turned(of, writes)
         if self.momentum is not None:

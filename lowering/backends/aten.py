@@ -17,8 +17,8 @@ from sympy.printing.str import StrPrinter
 from torch import Tensor
 
 from lsmc.functions import FUNCTIONS
-from lsmc.ir import Builder, Carry, Dims, Op, Program, operand
-from lsmc.lowering.backends import aten_carry, aten_tiles
+from lsmc.ir import Builder, Carry, Dims, Op, Program, operand, scanned
+from lsmc.lowering.backends import aten_carry, aten_scan, aten_tiles
 from lsmc.lowering.backends.aten_rewrites import Move, move, rewrite
 from lsmc.schedules import Schedule
 
@@ -95,7 +95,8 @@ class Compiled:
     def function(self) -> Callable[..., dict[str, Tensor]]:
         name = f"<lsmc aten {self.program.name} {self.hash}>"
         linecache.cache[name] = (len(self.source), None, self.source.splitlines(True), name)
-        scope: dict[str, object] = {"torch": torch, "carry": aten_carry.carry, "together": aten_carry.together, **aten_tiles.NAMES}
+        scope: dict[str, object] = {"torch": torch, "carry": aten_carry.carry, "together": aten_carry.together,
+                                    **aten_tiles.NAMES, **aten_scan.NAMES}
         exec(compile(self.source, name, "exec"), scope)
         return scope["run"]  # type: ignore[return-value]
 
@@ -117,7 +118,7 @@ class Compiled:
             x = inputs[op.attr("name")].to(dtype)
             x = x[..., None] if op.dims[1] == "1" else x
             if op.attr("role") == "head":
-                tiles[op.attr("name")] = x[None, None, :, None, :]
+                tiles[op.attr("name")] = x[None, None] if op.dims[0] == "K" else x[None, None, :, None, :]
                 continue
             if x.shape[2] != heads:
                 x = x.repeat_interleave(heads // x.shape[2], dim=2)
@@ -137,7 +138,7 @@ class Compiled:
             tile = full(raw[name])
             if c == "1":  # before tokens are cut off: a tracer asks of 4 dimensions whether any T makes them contiguous
                 tile = tile.squeeze(-1)
-            outputs[name] = grid.untile(tile) if r == "T" else tile.sum((0, 1)).squeeze(1)
+            outputs[name] = grid.untile(tile) if r == "T" else tile.sum((0, 1)) if r == "K" else tile.sum((0, 1)).squeeze(1)
         ends = {c.name: raw[f"end_{c.name}"] for c in self.program.carries if f"end_{c.name}" in raw}
         return outputs, ends
 
@@ -151,7 +152,7 @@ def _emit(program: Program, schedule: Schedule) -> str:
     results = dict(program.outputs)
     for kernel in schedule.kernels:
         carries = tuple(carried[name] for name in kernel.carries)
-        apart = [c for c in carries if not any(c in _needed_by(program, d, carries) for d in carries)
+        apart = [c for c in carries if not _scanned(program, c) and not any(c in _needed_by(program, d, carries) for d in carries)
                  and not _needed_by(program, c, carries)]
         order += [(c, move(b, program, c)) for c in apart]
         if bound := tuple(c for c in carries if c not in apart):
@@ -208,6 +209,16 @@ def _needed_by(program: Program, carry: Carry, carries: Iterable[Carry]) -> set[
     return {c for c in carries if c is not carry and c.inp in needed}
 
 
+def _scanned(program: Program, carry: Carry) -> bool:
+    """Whether the memory moves token by token inside a chunk."""
+    inside = program.ancestors([carry.out], [carry.inp])
+    moved = {carry.inp}
+    for op in inside:
+        if moved & set(op.args):
+            moved.add(op.id)
+    return any(op.id in moved and op.kind in ("scan", "scan_grads") for op in inside)
+
+
 def _step(program: Program, carries: tuple[Carry, ...], done: set[int]) -> tuple[str, tuple[int, ...]]:
     """The source of one chunk's step of memories that depend on each other, and the values that it takes."""
     memories = {c.inp for c in carries}
@@ -225,6 +236,23 @@ def _step(program: Program, carries: tuple[Carry, ...], done: set[int]) -> tuple
     lines = [f"    v{op.id} = {_source(op, program.index)}" for op in body]
     ends = f"    return [{', '.join(f'v{c.out}' for c in carries)}]"
     return "\n".join(["def step(memories, values, size, unit):", *names, *lines, ends, ""]), values
+
+
+def _scan_source(op: Op, index: Mapping[int, Op]) -> str:
+    query, pairs, memory, rows, fields = scanned(op)
+    dims = [index[i].dims for i in fields]
+    names = [f"x{n}" for n in range(len(fields))]
+
+    def function(expr: sympy.Expr) -> str:
+        return f"lambda {', '.join(names)}: {expression(expr, names, dims)}"
+
+    log = op.attr("log")
+    args = ["None" if query is None else f"v{query}", f"[{', '.join(f'v{i}' for i in pairs)}]", f"v{memory}", f"v{rows}",
+            f"[{', '.join(f'v{i}' for i in fields)}]", *([f"v{op.args[-1]}"] if op.kind == "scan_grads" else []),
+            repr(op.attr("at")), repr(" ".join("".join(d) for d in dims)), repr(function(log))]
+    if op.kind == "scan_grads":
+        args.append(repr("\n".join(function(sympy.diff(log, operand(n))) for n in range(len(fields)))))
+    return f"{op.kind}({', '.join(args)})"
 
 
 def _source(op: Op, index: Mapping[int, Op]) -> str:
@@ -252,6 +280,8 @@ def _source(op: Op, index: Mapping[int, Op]) -> str:
             return f"form_grads({', '.join(a)}, {op.attr('strict')}, {op.attr('before')})"
         case "item":
             return f"{a[0]}[{op.attr('place')}]"
+        case "scan" | "scan_grads":
+            return _scan_source(op, index)
         case "cumsum":
             return f"cumsum({a[0]}, reverse={op.attr('reverse')})"
         case "shift" | "mask" | "between" | "crossing" | "inverse" | "down" | "far":

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lsmc.lowering.backends import aten_tiles
+from lsmc.lowering.backends import aten_scan, aten_tiles
 
 
 @torch.library.custom_op("lsmc::carry", mutates_args=())
@@ -93,7 +93,7 @@ def _(values: Sequence[Tensor], starts: Sequence[Tensor], reset: Tensor | None, 
 
 @cache
 def _step_of(source: str) -> Callable[..., list[Tensor]]:
-    scope: dict[str, Any] = {"torch": torch, **aten_tiles.NAMES}
+    scope: dict[str, Any] = {"torch": torch, **aten_tiles.NAMES, **aten_scan.NAMES}
     exec(source, scope)
     step: Callable[..., list[Tensor]] = scope["step"]
     return step

@@ -15,16 +15,18 @@ from lsmc.zoo.gla import gla
 from lsmc.zoo.hgrn2 import hgrn2
 from lsmc.zoo.kda import kda
 from lsmc.zoo.lightning import lightning
+from lsmc.zoo.mamba import mamba
 from lsmc.zoo.retnet import retnet
 from lsmc.zoo.rwkv6 import rwkv6
 from lsmc.zoo.rwkv7 import rwkv7
+from lsmc.zoo.s4 import s4
 from lsmc.zoo.titans import titans
 from lsmc.zoo.titans_plain import titans_plain
 from lsmc.zoo.ttt import ttt
 
 METHODS: tuple[LSM, ...] = (
     bla, lightning, retnet, gla, gfw, gateloop_real, gateloop, gated_deltanet, ttt, titans_plain,
-    titans, hgrn2, rwkv6, rwkv7, kda,
+    titans, s4, mamba, hgrn2, rwkv6, rwkv7, kda,
 )  # fmt: skip
 
 
@@ -34,6 +36,6 @@ def names() -> tuple[str, ...]:
 
 
 __all__ = [
-    "METHODS", "bla", "gated_deltanet", "gateloop", "gateloop_real", "gfw", "gla", "hgrn2", "kda", "lightning",
-    "names", "retnet", "rwkv6", "rwkv7", "titans", "titans_plain", "ttt",
+    "METHODS", "bla", "gated_deltanet", "gateloop", "gateloop_real", "gfw", "gla", "hgrn2", "kda", "lightning", "mamba",
+    "names", "retnet", "rwkv6", "rwkv7", "s4", "titans", "titans_plain", "ttt",
 ]  # fmt: skip

@@ -200,6 +200,15 @@ def gateloop(memory, q, k, v, g, theta):
     return (memory.real, memory.imag), (q.to(memory.dtype) @ memory).real
 
 
+def s4(memory, v, b, c, dt, A, D):
+    memory = (dt * A).exp() * memory + dt * torch.outer(b, v)
+    return memory, c @ memory + D * v
+
+
+def mamba(memory, q, k, v, dt, A, D):
+    return s4(memory, v, k, q, dt, A, D)
+
+
 def softmaxed(memory, q, k, v):
     at = memory.clone().requires_grad_()
     (slope,) = torch.autograd.grad((torch.softmax(k @ at, -1) - v).square().sum(), at)
@@ -223,6 +232,8 @@ BY_HAND: list[tuple[LSM, Callable[..., tuple[Tensor, Tensor]]]] = [
     (lsmc.zoo.titans_plain, momentless),
     (lsmc.zoo.titans, titans),
     (lsmc.zoo.gateloop, gateloop),
+    (lsmc.zoo.s4, s4),
+    (lsmc.zoo.mamba, mamba),
     (
         LSM("delta", recurrence=(eye - scalar("beta") * outer(k, k)) @ M + scalar("beta") * outer(k, v)),
         deltanet,
@@ -389,7 +400,8 @@ def test_running_in_two_parts_equals_running_at_once(name: str, split: int) -> N
     x = draw(method)
     run = lsmc.reference(method)
     o, final = run(**x, return_final_state=True)
-    part = lambda i, j: {n: y[:, i:j] if y.dim() > 2 else y for n, y in x.items()}  # noqa: E731
+    tokens = {f.name for f in method.inputs if f.per == "token"}
+    part = lambda i, j: {n: y[:, i:j] if n in tokens else y for n, y in x.items()}  # noqa: E731
     left, state = run(**part(0, split), return_final_state=True)
     right, state = run(**part(split, T), initial_state=state, return_final_state=True)
     assert torch.equal(torch.cat([left, right], 1), o)
@@ -399,14 +411,15 @@ def test_running_in_two_parts_equals_running_at_once(name: str, split: int) -> N
 @pytest.mark.parametrize("name", lsmc.zoo.names())
 def test_packed_sequences_equal_separate_ones_and_may_be_empty(name: str) -> None:
     method = getattr(lsmc.zoo, name)
-    x = {n: y[:1] if y.dim() > 2 else y for n, y in draw(method).items()}
+    tokens = {f.name for f in method.inputs if f.per == "token"}
+    x = {n: y[:1] if n in tokens else y for n, y in draw(method).items()}
     ends = [0, 2, 2, 5, T]
     states = start(method, 4, HV)
     o, state = lsmc.reference(method)(
         **x, cu_seqlens=torch.tensor(ends), initial_state=one(states), return_final_state=True
     )
     for n, (i, j) in enumerate(zip(ends, ends[1:], strict=False)):
-        piece = {m: y[:, i:j] if y.dim() > 2 else y for m, y in x.items()}
+        piece = {m: y[:, i:j] if m in tokens else y for m, y in x.items()}
         begin = one(tuple(s[n : n + 1] for s in states))
         alone, end = lsmc.reference(method)(**piece, initial_state=begin, return_final_state=True)
         assert torch.equal(o[:, i:j], alone)
