@@ -323,7 +323,7 @@ def verify(program: Program) -> Program:
                 pairs = [("T", "K"), ("T", "V")] * op.attr("writes")
                 wanted = [("T", "K")] * bool(op.attr("at")) + [*pairs, ("K", "V"), ("T", "1")]
                 result = ("T", "V") if op.attr("at") else ("K", "V")
-                need(a[: len(wanted)] == wanted, "operands are a query (with `at`), keys and values, the memory, the rows there are")
+                need(a[: len(wanted)] == wanted, "operands are a query (with `at`), keys and values, the memory, which rows are")
                 need(op.kind == "scan" or a[-1] == result, "the last operand is the cotangent")
                 need(op.dims == (result if op.kind == "scan" else a[op.attr("wrt")]), "result has the wrong dimensions")
             case "form" | "form_gate":

@@ -259,8 +259,8 @@ def finish(outputs: Mapping[str, Tensor], inputs: Mapping[str, Tensor], parts: M
 
 
 def plan_of(k: Emitted, key: int, value: int, sequences: int, chunk: int) -> dict[str, int]:
-    """Block sizes, warps and pipeline stages of one launch: a second stage where a memory is on chip in part only."""
+    """Block sizes, warps and pipeline stages of one launch."""
     size = {"K": max(16, triton.next_power_of_2(key)), "V": max(16, triton.next_power_of_2(value))}
     if k.split:
         size[k.split] = min(size[k.split], k.block)
-    return {"BK": size["K"], "BV": size["V"], "num_warps": 4, "num_stages": 2 if k.scan and (k.split or not k.carries) else 1}
+    return {"BK": size["K"], "BV": size["V"], "num_warps": 4, "num_stages": 2 if k.scan else 1}
