@@ -145,8 +145,8 @@ def sample(declaration: Any, case: Case, *, batch: int | None = None) -> Sample:
         if item.per == "token":
             per_token.add(item.name)
         if item.name in gate_of:
-            direct, warp = gate_of[item.name]
-            gates = case.gates if direct or case.gates != "reset" else "lone spike"
+            part, warp = gate_of[item.name]
+            gates = "typical" if part == "factor" else "lone spike" if (part, case.gates) == ("within", "reset") else case.gates
             value = warp(GATES[gates](shape, generator))
         elif item.name == "k" or (reads and "K" in item.dims and item.name != "q"):
             value = _randn(shape, generator)
@@ -198,19 +198,21 @@ _WARPS: tuple[Warp, ...] = (
 )
 
 
-def _gate_domains(canonical: Any) -> dict[str, tuple[bool, Warp]]:
-    """For each input that the decay depends on: whether it *is* the log decay, and how to draw it from the gates.
+def _gate_domains(canonical: Any) -> dict[str, tuple[str, Warp]]:
+    """For each input that the decay depends on: its part in it, and how to draw it from the gates.
 
-    An input that enters through an expression (``-exp(a) * softplus(dt)``) takes the first of the domains above for
-    which the log decay is finite and not positive at a number of points.
+    It *is* the log decay ("all"), or enters through an expression (``-exp(a) * softplus(dt)``) and takes the first of the
+    domains above for which the log decay is finite and not positive at a number of points. The first input of an
+    expression ranges as the gates do ("within"), the others stay typical ("factor"): the log decay has that range then,
+    not its square.
     """
-    found: dict[str, tuple[bool, Warp]] = {}
+    found: dict[str, tuple[str, Warp]] = {}
     for decay in canonical.decays:
         gates = [
             symbol for symbol in canonical.inputs if symbol in decay.free_symbols and symbol.name not in "qkv"
         ]
         if [decay] == gates:
-            found[decay.name] = (True, _WARPS[0])
+            found[decay.name] = ("all", _WARPS[0])
             continue
         generator = torch.Generator().manual_seed(0)
         for warps in product(_WARPS, repeat=len(gates)):
@@ -218,8 +220,8 @@ def _gate_domains(canonical: Any) -> dict[str, tuple[bool, Warp]]:
             points |= {symbol: warp(_probe(generator)) for symbol, warp in zip(gates, warps)}
             value = _evaluate(decay, points)
             if bool(torch.isfinite(value).all() & (value <= 0).all()):
-                for symbol, warp in zip(gates, warps):
-                    found.setdefault(symbol.name, (False, warp))
+                for n, (symbol, warp) in enumerate(zip(gates, warps)):
+                    found.setdefault(symbol.name, ("factor" if n else "within", warp))
                 break
     return found
 

@@ -96,15 +96,23 @@ def bench(
     shapes: Annotated[tuple[str, ...], arg(help="each B,T,H,K,V; the default depends on the device")] = (),
     device: Annotated[str | None, arg(help="cuda or cpu; default: cuda where there is one")] = None,
     against: Annotated[
-        tuple[str, ...] | None, arg(help="time these too: loop, compiled; default: the loop on a CPU")
+        tuple[str, ...] | None,
+        arg(help="time these too: compiled, loop, fla, flashqla, helion, sdpa; default: the loop on a CPU"),
     ] = None,
+    decode: Annotated[bool, arg(help="time single tokens through step() instead")] = False,
+    first_calls: Annotated[int, arg(help="time first calls with empty caches, so many at a time")] = 0,
+    patience: Annotated[float, arg(help="seconds for a first call")] = 600.0,
+    caches: Annotated[Path | None, arg(help="keep the caches of first calls in this folder, to go on from")] = None,
+    read: Annotated[Path | None, arg(help="show what an earlier run wrote to --out, measure nothing")] = None,
     out: Annotated[Path | None, arg(help="also write JSON")] = None,
-    markdown: Annotated[bool, arg(help="print the table as Markdown")] = False,
+    markdown: Annotated[bool, arg(help="print tables as Markdown")] = False,
+    page: Annotated[Path | None, arg(help="also write a page with pictures")] = None,
 ) -> None:
-    """Time the operators, forward and forward with backward; on a CPU also against the step-by-step loop."""
+    """Time the operators beside other code, with their errors and the floor of moving inputs and outputs once."""
     from lsmc.runtime.bench import run
 
-    run(methods, shapes=shapes, device=device, against=against, out=out, markdown=markdown)
+    run(methods, shapes=shapes, device=device, against=against, decoding=decode, first_calls=first_calls, patience=patience,
+        caches=caches, read=read, out=out, markdown=markdown, page=page)  # fmt: skip
 
 
 def train() -> None:

@@ -30,6 +30,8 @@ Operations, with rows i, j and columns d:
 | `inverse` | (I + L)⁻¹ for strictly lower L |
 | `scan{log,writes,at}` | q · M_i at every token, M_i = e^{log} ⊙ M_{i−1} + Σ kᵀv over (K, V); without `at` M after the chunk |
 | `scan_grad{wrt,…}` | its partial derivatives: the operands of `scan`, then the cotangent |
+| `round` | the value as the operand of a product holds it, where that has fewer digits; only backends make it |
+| `diagonal` | that of a (T, T) tile, as a (T, 1) column; only backends make it |
 
 **The decay form.** F(P, X, Y, g) = Σ_{j<i} Σ_d P_ij X_id Y_jd exp(Σ_{l in (j, i]} g_ld) is linear in P, X and Y. The
 decay-weighted product is ∂F/∂P, its application to values ∂F/∂X, the reverse application ∂F/∂Y and the gate gradient
@@ -61,7 +63,7 @@ DIMS = ("T", "K", "V", "1")
 KINDS: dict[str, tuple[int, ...]] = {  # kind -> permitted operand counts
     "input": (0,), "map": tuple(range(17)), "expand": (1,), "transpose": (1,), "matmul": (2,), "sum": (1,), "max": (1,),
     "cumsum": (1,), "mask": (1,), "valid": (1,), "form": (3,), "form_gate": (4,), "between": (1,), "between_grad": (1,),
-    "inverse": (1,), "scan": tuple(range(33)), "scan_grad": tuple(range(34)),
+    "inverse": (1,), "scan": tuple(range(33)), "scan_grad": tuple(range(34)), "round": (1,), "diagonal": (1,),
 }
 _FLAG = (True, False)
 ATTRS: dict[str, dict[str, tuple[Any, ...]]] = {  # kind -> its attributes and their permitted values (any, if none is listed)

@@ -19,9 +19,10 @@ from lsmc.runtime.progress import clock
 
 _STYLE = """
 :root { --ink: #1d2430; --dim: #667085; --line: #d7dce4; --card: #fff; --page: #f5f6f8;
-  --a: #2563eb; --b: #dc6803; }
+  --a: #2563eb; --b: #dc6803; --c: #0e9384; --d: #c11574; --e: #7a5af8; --f: #667085; --g: #4ca30d; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --dim: #98a2b3; --line: #344054;
-  --card: #1b2230; --page: #111722; --a: #6ea8fe; --b: #f7a35c; } }
+  --card: #1b2230; --page: #111722; --a: #6ea8fe; --b: #f7a35c; --c: #2ed3b7; --d: #f670c7;
+  --e: #a48afb; --f: #98a2b3; --g: #85cb33; } }
 body { font: 15px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--page); margin: 0; }
 main { max-width: 920px; margin: 0 auto; padding: 24px 16px 64px; }
 h1 { font-size: 24px; margin: 8px 0 2px; }
@@ -36,12 +37,27 @@ svg { width: 100%; height: auto; display: block; }
 svg text { font: 11px system-ui, sans-serif; fill: var(--dim); }
 .grid { stroke: var(--line); stroke-width: 1; }
 .line { fill: none; stroke-width: 1.8; }
+.mark { stroke: var(--ink); stroke-width: 2; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, monospace; margin: 0;
   max-height: 460px; overflow: auto; }
 table { border-collapse: collapse; font-size: 13px; }
+.wide { overflow-x: auto; }
+.wide td, .wide th { white-space: nowrap; }
 td, th { text-align: left; padding: 2px 14px 2px 0; vertical-align: top; }
 summary { cursor: pointer; }
 """
+
+
+def document(title: str, subtitle: str, sections: Iterable[str]) -> str:
+    """A page of sections, each of them HTML."""
+    return "".join((
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>",
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body><main>",
+        f"<h1>{html.escape(title)}</h1><p class='sub'>{html.escape(subtitle)}</p>",
+        *(f"<section>{section}</section>" for section in sections),
+        "</main></body></html>",
+    ))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -156,7 +172,8 @@ def _smooth(values: Sequence[float], weight: float = 0.8) -> list[float]:
     return out
 
 
-def _rows(pairs: Iterable[tuple[str, Any]]) -> str:
+def table_rows(pairs: Iterable[tuple[str, Any]]) -> str:
+    """Rows of a table of names and values."""
     return "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in pairs)
 
 
@@ -196,33 +213,28 @@ def render(
     through = [Series("tokens a second", "var(--a)", [(r["tokens"], r["tokens_per_second"]) for r in train])]
     rate = [Series("learning rate", "var(--a)", [(r["tokens"], r["lr"]) for r in train])]
     e = html.escape
+    shown = "".join(f"<div><b>{e(value)}</b><span>{e(name)}</span></div>" for value, name in facts)
     parts = [
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>",
-        f"<title>{e(title)}</title><style>{_STYLE}</style></head><body><main>",
-        f"<h1>{e(title)}</h1><p class='sub'>{e(_what(settings))}</p>",
-        "<section><div class='facts'>",
-        "".join(f"<div><b>{e(value)}</b><span>{e(name)}</span></div>" for value, name in facts),
-        "</div></section>",
-        f"<section><h2>Loss</h2>{plot(curve, 'tokens', 'bits a byte')}</section>",
-        f"<section><h2>Throughput</h2>{plot(through, 'tokens', 'tokens a second', from_zero=True)}</section>",
-        f"<section><h2>Learning rate</h2>{plot(rate, 'tokens', 'learning rate', from_zero=True)}</section>",
+        f"<div class='facts'>{shown}</div>",
+        f"<h2>Loss</h2>{plot(curve, 'tokens', 'bits a byte')}",
+        f"<h2>Throughput</h2>{plot(through, 'tokens', 'tokens a second', from_zero=True)}",
+        f"<h2>Learning rate</h2>{plot(rate, 'tokens', 'learning rate', from_zero=True)}",
     ]
     if train:
         recent = [r["load"] for r in train[-10:]]
         mean = [[sum(cells) / len(cells) for cells in zip(*rows)] for rows in zip(*recent)]
         parts.append(
-            "<section><h2>Expert load</h2><p class='key'>Share of assignments in the last steps; "
-            f"balanced is {1 / len(mean[0]):.0%} each.</p>{heat(mean)}</section>"
+            "<h2>Expert load</h2><p class='key'>Share of assignments in the last steps; "
+            f"balanced is {1 / len(mean[0]):.0%} each.</p>{heat(mean)}"
         )
     if sample:
-        parts.append(f"<section><h2>Sample</h2><pre>{e(sample)}</pre></section>")
+        parts.append(f"<h2>Sample</h2><pre>{e(sample)}</pre>")
     if stages:
         inner = "".join(
             f"<details{' open' if i == 0 else ''}><summary>{e(name)}</summary><pre>{e(text)}</pre></details>"
             for i, (name, text) in enumerate(stages.items())
         )
-        parts.append(f"<section><h2>How the method was compiled</h2>{inner}</section>")
+        parts.append(f"<h2>How the method was compiled</h2>{inner}")
     flat = {f"{k}.{n}": m for k, v in settings.items() if isinstance(v, dict) for n, m in v.items()}
     flat = {k: v for k, v in settings.items() if not isinstance(v, dict)} | flat
     machine = [
@@ -230,10 +242,9 @@ def render(
         ("python", platform.python_version()),
         ("machine", platform.machine()),
     ]
-    rows = _rows([*flat.items(), *machine])
-    parts.append(f"<section><details><summary>Settings</summary><table>{rows}</table></details></section>")
-    parts.append("</main></body></html>")
-    return "".join(parts)
+    rows = table_rows([*flat.items(), *machine])
+    parts.append(f"<details><summary>Settings</summary><table>{rows}</table></details>")
+    return document(title, _what(settings), parts)
 
 
 def _tokens_a_step(train: Sequence[dict[str, Any]]) -> float:

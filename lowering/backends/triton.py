@@ -197,7 +197,7 @@ class _Launch:
         plan = plan_of(k, self.size.get("K", 1), self.size.get("V", 1), self.sequences * self.heads, self.chunk)
         plan |= self.compiled.plans.get(k.name, {})
         blocks = 1
-        if k.split:
+        if k.split and not k.inner:
             blocks = triton.cdiv(self.size[k.split], plan["BK" if k.split == "K" else "BV"])
         for name, op in k.stores:
             if k.how != "slow":
@@ -263,4 +263,4 @@ def plan_of(k: Emitted, key: int, value: int, sequences: int, chunk: int) -> dic
     size = {"K": max(16, triton.next_power_of_2(key)), "V": max(16, triton.next_power_of_2(value))}
     if k.split:
         size[k.split] = min(size[k.split], k.block)
-    return {"BK": size["K"], "BV": size["V"], "num_warps": 4, "num_stages": 2 if k.scan else 1}
+    return {"BK": size["K"], "BV": size["V"], "num_warps": 4, "num_stages": 2 if k.scan or k.inner else 1}

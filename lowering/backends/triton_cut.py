@@ -22,12 +22,14 @@ WIDE = 64
 
 @dataclass(frozen=True)
 class Piece:
-    """One launch. `known` are values made by an earlier piece, `makes` those that this one makes for later ones."""
+    """One launch. `known` are values made by an earlier piece, `makes` those that this one makes for later ones. With
+    `inner`, one program takes all blocks of the split dimension, in a loop: it needs sums over all of them."""
 
     kernel: Kernel
     known: frozenset[int]
     makes: tuple[int, ...]
     split: str | None
+    inner: bool = False
 
     def roots(self, program: Program) -> list[int]:
         return [*self.makes, *roots(program, self.kernel)]
@@ -97,6 +99,30 @@ def shares(program: Program, body: Iterable[Op], dim: str) -> set[int] | None:
     return out
 
 
+def phases(program: Program, body: Iterable[Op], known: Iterable[int], dim: str) -> dict[int, int]:
+    """When each value of `body` is worked out by a kernel that loops over blocks of `dim`: even phases are straight code,
+    odd ones loops. What has `dim` or sums over it belongs to a loop; such a sum is complete in the phase after it."""
+    given = {i: int(dim in program.index[i].dims) for i in known}
+    ready, out = dict(given), dict[int, int]()
+    for op in body:
+        first = max((ready[a] for a in op.args if a in ready), default=0)
+        sums = dim in contracts(program, op)
+        inside = sums or dim in op.dims
+        out[op.id] = first + (first % 2 != inside)
+        ready[op.id] = out[op.id] + sums
+    return out
+
+
+def _loop(program: Program, body: Iterable[Op]) -> str | None:
+    """A dimension in whose blocks a kernel over chunks can work, because what is summed over it may be summed by blocks."""
+    body = list(body)
+    for dim in ("K", "V"):
+        sums = [op for op in body if dim in contracts(program, op)]
+        if any(dim in op.dims for op in body) and all(op.kind in ("matmul", "sum", "form") for op in sums):
+            return dim
+    return None
+
+
 def splits(program: Program, kernel: Kernel, known: Iterable[int]) -> dict[str, bool]:
     """The dimensions along which a kernel can split, and whether that shares all of its work."""
     found = {}
@@ -113,9 +139,10 @@ def splits(program: Program, kernel: Kernel, known: Iterable[int]) -> dict[str, 
 
 
 def block(program: Program, piece: Piece) -> int:
-    """Columns of the split dimension that one program takes at most: fewer in a scan whose values cannot all be in the
-    registers of 128 threads. (Narrow blocks repeat the loads of what has no such dimension: they must be worth it.)"""
-    if not piece.kernel.carries or piece.split is None:
+    """Columns of the split dimension that one program takes at most: fewer where its values cannot all be in the registers
+    of 128 threads. (Narrow blocks repeat the loads of what has no such dimension: they must be worth it, and a kernel
+    that is not bound to go from chunk to chunk can wait for some spilled values.)"""
+    if piece.inner or piece.split is None:
         return WIDE
     extent = {"T": 64, "K": 128, "V": 128, "1": 1, piece.split: WIDE}
 
@@ -124,7 +151,7 @@ def block(program: Program, piece: Piece) -> int:
 
     ends = piece.roots(program)
     wanted = peak(order(program.ancestors(ends, piece.known), ends, weight), weight) // (4 * 128)
-    return WIDE // 2 if wanted > 256 else WIDE
+    return WIDE // 2 if wanted > (256 if piece.kernel.carries else 400) else WIDE
 
 
 def pieces(program: Program, schedule: Schedule) -> tuple[Piece, ...]:
@@ -144,7 +171,9 @@ def pieces(program: Program, schedule: Schedule) -> tuple[Piece, ...]:
         done.append(Piece(p.kernel, p.known, mine, p.split))
     used = set().union(*(_taken(program, p) for p in done)) & dear
     if used:
-        done.append(Piece(Kernel("prepare", (), (), ()), frozenset(), tuple(sorted(used)), None))
+        made = tuple(sorted(used))
+        dim = _loop(program, program.ancestors(made))
+        done.append(Piece(Kernel("prepare", (), (), ()), frozenset(), made, dim, inner=dim is not None))
     return tuple(reversed(done))
 
 

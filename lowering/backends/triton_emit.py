@@ -10,19 +10,20 @@ and every operation keeps the padding zero, so that contractions need no masks.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 
 from lsmc.factors import factor
 from lsmc.functions import FUNCTIONS
 from lsmc.ir import Carry, Dims, Op, Program, operand
-from lsmc.lowering.backends.triton_cut import Piece, block, pieces, shares
+from lsmc.lowering.backends.triton_cut import Piece, block, contracts, phases, pieces, shares
+from lsmc.lowering.backends.triton_mild import mild
 from lsmc.lowering.kernels import digest
 from lsmc.schedules import Kernel, Schedule
 from lsmc.schedules.order import order
 
-TILES = ("diagonal", "keep", "dot", "running", "later", "cumsum", "lower", "between", "between_grad", "inverse", "mild",
+TILES = ("exp", "diagonal", "keep", "dot", "running", "later", "cumsum", "lower", "between", "between_grad", "inverse", "mild",
          "form_p", "form_x", "form_y", "form_gate", "form_all")
 SIZE = {"T": "C", "K": "BK", "V": "BV", "1": "1"}
 EXTENT = {"T": 64, "K": 128, "V": 128, "1": 1}
@@ -44,6 +45,7 @@ class Emitted:
     takes: tuple[Op, ...]
     split: str | None
     block: int
+    inner: bool  # one program takes all blocks of the split dimension, one after the other
     how: str
     source: str
 
@@ -68,12 +70,15 @@ def emit(program: Program, schedule: Schedule) -> tuple[str, tuple[Emitted, ...]
     """The module's source and its kernels."""
     parts: list[Emitted] = []
     flagged = False
-    every = list(pieces(program, schedule))
+    cut = pieces(program, schedule)
+    made = {i for p in cut for i in p.makes}
+    every = [replace(p, known=p.known & made) for p in cut]
     for n, p in enumerate(every):
         writers = [_Writer(program, p)]
         if writers[0].decays and not p.kernel.carries and (p.makes or flagged):
             later = {i for q in every[n + 1:] if not q.kernel.carries for i in _Writer(program, q).decays}
-            writers = [_Writer(program, p, "first", later) if p.makes else _Writer(program, p, "fast"), _Writer(program, p, "slow")]
+            first = _Writer(program, p, "first", later=later) if p.makes else _Writer(program, p, "fast")
+            writers = [first, _Writer(program, p, "slow")]
             flagged = True
         parts += [w.run() for w in writers]
     head = ['"""Generated from:', "", *str(program).replace("\\", "").splitlines(), "", *str(schedule).splitlines(), '"""', "",
@@ -110,6 +115,8 @@ class _Expression:
         if e.is_Pow:
             return self._power(self(e.base), e.exp)
         name = type(e).__name__
+        if name == "exp":
+            return f"exp({self(e.args[0])})"
         if name in FUNCTIONS:
             return FUNCTIONS[name].triton.format(self(e.args[0]))
         if name in ("Max", "Min"):
@@ -140,12 +147,15 @@ class _Writer:
     ones have, and leaves flags. Other kernels (how = "") decide inside.
     """
 
-    def __init__(self, program: Program, piece: Piece, how: str = "", later: Iterable[int] = ()) -> None:
+    def __init__(self, program: Program, piece: Piece, how: str = "", origin: dict[int, int] | None = None,
+                 later: Iterable[int] = ()) -> None:
         self.program, self.piece, self.kernel, self.split, self.how = program, piece, piece.kernel, piece.split, how
+        self.origin: dict[int, int] = origin or {}  # of a value: its number in the program that the kernels were cut from
+        self.judged: tuple[int, ...] = ()  # decays of which this kernel finds out whether they are mild
         self.name = f"{program.name}_{self.kernel.name}" + "_slow" * (how == "slow")
         ends = piece.roots(program)
         body = program.ancestors([*ends, *later], piece.known)
-        self.part = (shares(program, body, self.split) or set()) if self.split else set[int]()
+        self.part = (shares(program, body, self.split) or set()) if self.split and not piece.inner else set[int]()
         self.makes = tuple(program.index[i] for i in piece.makes)
         used = {a for op in body for a in op.args} | set(ends)
         self.takes = tuple(program.index[i] for i in sorted(piece.known & used))
@@ -158,23 +168,41 @@ class _Writer:
         self.inputs = tuple(op for op in body if op.kind == "input" and op.attr("role") != "carry")
         ids = dict(program.outputs)
         self.stores = tuple((n, program.index[ids[n]]) for n in self.kernel.stores)
+        self.ends = ends
+        self.waiting: list[tuple[str | None, Op]] = [*self.stores, *((None, op) for op in self.makes)]
         self.groups = _group_forms(body)
-        self.body = self._ordered(body, ends)
+        self.body = body
+        self.phases = phases(program, body, piece.known, piece.split or "") if piece.inner else {op.id: 0 for op in body}
         self.scaled, self.traced = self._absorbed()
         self.lines: list[str] = []
         self.indent = 1
+        self.suffix = ""  # of names in a loop over blocks
         self.done: set[int] = set()
         self.plain: dict[int, str] = {}  # the name of a value as it was loaded or computed
         self.cast: dict[tuple[int, str], str] = {}  # and of its other forms: float32, matrix operand, running sums
+
+        self.mild: _Writer | None = None
+        if how in ("first", "fast"):
+            other, new = mild(program)
+            part = replace(piece, known=frozenset(new[i] for i in piece.known), makes=tuple(new[i] for i in piece.makes))
+            self.mild = _Writer(other, part, "mild", {j: i for i, j in reversed(new.items())})
+            self.mild.lines = self.lines
+            more = {self.mild.origin[op.id] for op in self.mild.takes} - {op.id for op in self.takes}
+            self.takes += tuple(program.index[i] for i in sorted(more))
+            if how == "first":
+                self.mild.judged = tuple(sorted(new[i] for i in self.decays))
 
     def line(self, text: str) -> None:
         self.lines.append("    " * self.indent + text)
 
     # -- values -------------------------------------------------------------------------------------------------------
 
+    def v(self, i: int) -> str:
+        return f"v{i}{self.suffix}"
+
     def _loaded(self, i: int) -> None:
         """v<i> exists as it lies in memory."""
-        self.plain[i] = f"v{i}"
+        self.plain[i] = self.v(i)
         self.done.add(i)
 
     def _same(self, i: int, j: int) -> None:
@@ -191,13 +219,13 @@ class _Writer:
             if others:
                 self.cast[i, form] = others[0]
             else:
-                self.cast[i, form] = f"{form}{i}"
-                self.line(f"{form}{i} = {text}")
+                self.cast[i, form] = f"{form}{i}{self.suffix}"
+                self.line(f"{form}{i}{self.suffix} = {text}")
         return self.cast[i, form]
 
     def f(self, i: int) -> str:
         """A value in float32."""
-        if self.program.index[i].kind != "input" and self.plain[i] == f"v{i}" and i not in self.piece.known:
+        if self.program.index[i].kind != "input" and self.plain[i][1:].startswith(str(i)) and i not in self.piece.known:
             return self.plain[i]
         return self._form_of(i, "f", f"{self.plain[i]}.to(tl.float32)")
 
@@ -212,8 +240,10 @@ class _Writer:
 
     def sums(self, i: int) -> str:
         """The running sum of a value over the rows, each row included."""
-        x = self.gate(i)
-        return self._form_of(i, "s", f"running({x}, DT)")
+        x, source = self.gate(i), self.program.index[i]
+        loaded = source if source.kind == "input" else self.program.index[source.args[0]] if source.kind == "valid" else None
+        exact = loaded is not None and loaded.kind == "input" and self.plain[i] == self.plain.get(loaded.id)
+        return self._form_of(i, "s", f"running({x}, DT, {self.plain[i]}.dtype == DT)" if exact else f"running({x}, DT)")
 
     # -- the frame ----------------------------------------------------------------------------------------------------
 
@@ -235,28 +265,7 @@ class _Writer:
         source = self._signature() + "\n".join(self.lines) + "\n"
         partial = frozenset(n for n, op in self.stores if op.id in self.part)
         return Emitted(self.name, self.kernel, self.inputs, self.stores, partial, self.carries, self.loads, self.makes,
-                       self.takes, self.split, block(self.program, self.piece), self.how, source)
-
-    def _choose(self) -> None:
-        """Leave the chunks that the other of a pair of kernels does."""
-        if self.how == "first":
-            for op in self.program.ancestors(self.decays):
-                if op.id not in self.done:
-                    self._op(op)
-                    self.done.add(op.id)
-            sums = " & ".join(f"mild({self.sums(i)}, DT)" for i in self.decays)
-            self.line("if HOW == 0:")
-            self.line(f"    fine = {sums}")
-            self.line("    tl.store(flags + saved, fine.to(tl.int32))")
-            self.line("    if not fine:")
-            self.line("        return")
-        elif self.how == "fast":
-            self.line("if HOW == 0:")
-            self.line("    if tl.load(flags + saved) == 0:")
-            self.line("        return")
-        elif self.how == "slow":
-            self.line("if tl.load(flags + saved) == 0:")
-            self.indent += 1
+                       self.takes, self.split, block(self.program, self.piece), self.piece.inner, self.how, source)
 
     def _signature(self) -> str:
         args: list[str] = []
@@ -289,15 +298,16 @@ class _Writer:
         w(f"BLOCKS: tl.constexpr = {blocks}")
         w("PADK: tl.constexpr = K % BK != 0")
         w("PADV: tl.constexpr = V % BV != 0")
-        w("block = pid % BLOCKS")
-        w("head = (pid // BLOCKS) % HV")
-        w("unit = pid // (BLOCKS * HV)")
+        if self.piece.inner:
+            w("head = pid % HV")
+            w("unit = pid // HV")
+        else:
+            w("block = pid % BLOCKS")
+            w("head = (pid // BLOCKS) % HV")
+            w("unit = pid // (BLOCKS * HV)")
         for d in "KV":
-            start = "block * B" + d + " + " if self.split == d else ""
-            w(f"c{d} = {start}tl.arange(0, B{d})[None, :]")
-            w(f"r{d} = {start}tl.arange(0, B{d})[:, None]")
-            w(f"inc{d} = (c{d} < {d}) if PAD{d} else tl.full([1, B{d}], True, tl.int1)")
-            w(f"inr{d} = (r{d} < {d}) if PAD{d} else tl.full([B{d}, 1], True, tl.int1)")
+            if not self.piece.inner or d != self.split:
+                self._indices(d)
         w("row = tl.arange(0, C)[:, None]")
         if self.part:
             w("lead = (block == 0).to(tl.float32)")
@@ -335,12 +345,17 @@ class _Writer:
             n = op.attr("name")
             if op.attr("role") == "token":
                 w(f"p_{n} += batch * sb_{n} + begin * st_{n} + (head // sg_{n}).to(tl.int64) * sh_{n}")
-            else:
-                col = "" if op.dims[1] == "1" else f" + c{op.dims[1]}"
-                tile = f"p_{n} + head * sh_{n}{col}" if col else f"p_{n} + head * sh_{n} + tl.zeros([1, 1], tl.int32)"
-                w(f"v{op.id} = tl.load({tile}, mask={self._pad(op.dims)}, other=0.0)" if col else f"v{op.id} = tl.load({tile})")
+            elif not self.phases[op.id] % 2:
+                self._op(op)
                 self._loaded(op.id)
                 self.f(op.id)
+
+    def _indices(self, d: str) -> None:
+        start = "block * B" + d + " + " if self.split == d else ""
+        self.line(f"c{d} = {start}tl.arange(0, B{d})[None, :]")
+        self.line(f"r{d} = {start}tl.arange(0, B{d})[:, None]")
+        self.line(f"inc{d} = (c{d} < {d}) if PAD{d} else tl.full([1, B{d}], True, tl.int1)")
+        self.line(f"inr{d} = (r{d} < {d}) if PAD{d} else tl.full([B{d}, 1], True, tl.int1)")
 
     def _memory(self, c: Carry) -> tuple[str, str, str]:
         """Offsets, mask and elements of a memory's tile."""
@@ -375,31 +390,130 @@ class _Writer:
             w(f"v{c.inp} = m_{c.name}")
             self.plain[c.inp] = self.cast[c.inp, "f"] = f"v{c.inp}"
             self.done.add(c.inp)
-        self._choose()
-        waiting, making = list(self.stores), list(self.makes)
-        for op in self.body:
+        if self.how == "fast":
+            w("if HOW == 0:")
+            w("    if tl.load(flags + saved) == 0:")
+            w("        return")
+        elif self.how == "slow":
+            w("if tl.load(flags + saved) == 0:")
+            self.indent += 1
+        if self.mild:
+            w("if HOW == 0:")
+            self.mild._continue(self)
+            w("else:")
+            self.indent += 1
+        self._values()
+        for c in self.carries:
+            w(f"m_{c.name} = {self.f(c.out)}")
+
+    def _continue(self, other: _Writer) -> None:
+        """Write the values in a branch of another kernel, from what is there."""
+        self.indent = other.indent + 1
+        for j, i in self.origin.items():
+            if i in other.done:
+                self.plain[j] = other.plain[i]
+                self.cast |= {(j, form): name for (k, form), name in other.cast.items() if k == i}
+                self.done.add(j)
+        if self.judged:
+            straight = [i for i in self.judged if self.phases[i] % 2 == 0]
+            for op in self.program.ancestors(straight, self.done):
+                self._op(op)
+                self.done.add(op.id)
+            sums = [f"mild({self.sums(i)}, DT).to(tl.int32)" for i in straight]
+            self.line(f"fine = {' & '.join(['tl.full([], 1, tl.int32)', *sums])}")
+        self._values()
+        if self.judged:
+            self.line("tl.store(flags + saved, fine)")
+
+    def _values(self) -> None:
+        for phase in sorted({*self.phases.values()}):
+            if phase % 2:
+                self._blocks(phase)
+            else:
+                self._straight([op for op in self.body if self.phases[op.id] == phase])
+        assert not self.waiting, "what a kernel leaves must come from its own operations"
+
+    def _straight(self, body: list[Op]) -> None:
+        """These operations, and stores as early as they can be: the registers are needed."""
+        for op in self._ordered(body, self.ends):
             if op.id not in self.done:
                 self._op(op)
                 self.done.add(op.id)
-            for name, value in [s for s in waiting if s[1].id in self.done]:
-                self._store(name, value)  # as early as it can be: the registers are needed
-                waiting.remove((name, value))
-            for value in [m for m in making if m.id in self.done]:
+            self._leave()
+
+    def _leave(self) -> None:
+        """Store what is there and waits for it; what is summed over blocks is not there before their loop has ended."""
+        for way in [w for w in self.waiting if w[1].id in self.done]:
+            self.waiting.remove(way)
+            name, value = way
+            if name is not None:
+                self._store(name, value)
+            else:
                 at, mask = self._tile(value)
-                w(f"tl.store({at}, {self.plain[value.id]}.to(t_{value.id}.dtype.element_ty), mask={mask})")
-                making.remove(value)
-        assert not waiting and not making, "what a kernel leaves must come from its own operations"
-        for c in self.carries:
-            w(f"m_{c.name} = {self.f(c.out)}")
+                to = f"t_{self.origin.get(value.id, value.id)}"
+                self.line(f"tl.store({at}, {self.plain[value.id]}.to({to}.dtype.element_ty), mask={mask})")
+
+    def _blocks(self, phase: int) -> None:
+        """A loop over the blocks of the split dimension: sums over it are accumulated, all else stays inside.
+
+        What is only loaded is loaded again for each block, and values of earlier loops are computed again: neither is kept.
+        """
+        mine = [op for op in self.body if self.phases[op.id] == phase]
+        sums = [op for op in mine if self.split in contracts(self.program, op)]
+        ends = [op.id for op in mine if op in sums or any(value.id == op.id for _, value in self.waiting)]
+        ends += [i for i in self.judged if self.phases[i] == phase]
+        kept = {op.id for op in self.body if self.phases[op.id] < phase and self.phases[op.id] % 2 == 0 and not self._light(op)}
+        kept |= {op.id for op in self.body if self.phases[op.id] < phase and self.split in contracts(self.program, op)}
+        body = [op for op in self.program.ancestors(ends, kept | self.piece.known) if op.id in self.phases]
+        for op in sums:
+            self.line(f"a{op.id} = tl.zeros([{SIZE[op.dims[0]]}, {SIZE[op.dims[1]]}], tl.float32)")
+        for i in {a for op in body if op.kind == "matmul" for a in op.args} & kept & self.plain.keys():
+            if "1" not in self.program.index[i].dims:
+                self.h(i)
+        before = dict(self.plain), dict(self.cast), set(self.done)
+        for i in [i for i in self.plain if i not in kept]:
+            del self.plain[i]
+        self.cast = {(i, form): name for (i, form), name in self.cast.items() if i in kept}
+        self.done &= kept
+        self.line("for block in tl.range(BLOCKS, disable_licm=True):")
+        self.indent += 1
+        self.suffix = f"_{phase}"
+        self._indices(self.split or "")
+        for op in self._ordered(body, ends):
+            if op.id not in self.done:
+                self._op(op)
+            if op in sums:
+                self.line(f"a{op.id} += {self.f(op.id)}")
+                continue
+            self.done.add(op.id)
+            self._leave()
+        for i in self.judged:
+            if self.phases[i] == phase:
+                self.line(f"fine = fine & mild({self.sums(i)}, DT).to(tl.int32)")
+        self.indent -= 1
+        self.suffix = ""
+        left = self.done
+        self.plain, self.cast, self.done = before
+        self.done |= {i for i in left if self.phases.get(i) == phase}
+        for op in sums:
+            self.plain[op.id] = self.cast[op.id, "f"] = f"a{op.id}"
+            self.done.add(op.id)
+        self._leave()
+
+    def _light(self, op: Op) -> bool:
+        """Whether a value is only loaded."""
+        return (op.kind == "input" and op.attr("role") == "token"
+                or op.kind == "valid" and self._zero_behind(self.program.index[op.args[0]]))
 
     def _tile(self, op: Op) -> tuple[str, str]:
         """Addresses and mask of a value that one kernel makes for another: the chunk's tile, rows within it."""
         r, k = op.dims
+        tile = f"t_{self.origin.get(op.id, op.id)}"
         if op.dims == ("T", "T"):
-            return f"t_{op.id} + saved * (C * C) + row * C + tl.arange(0, C)[None, :]", "None"
+            return f"{tile} + saved * (C * C) + row * C + tl.arange(0, C)[None, :]", "None"
         rows = {"T": "C", "1": "1"}.get(r, r)
         inner = {"1": "1"}.get(k, k)
-        at = f"t_{op.id} + saved * ({rows} * {inner})"
+        at = f"{tile} + saved * ({rows} * {inner})"
         at += {"T": f" + row * {inner}", "1": ""}.get(r, f" + r{r} * {inner}")
         at += f" + c{k}" if k != "1" else ""
         return at, self._pad(op.dims)
@@ -413,7 +527,7 @@ class _Writer:
         at = f"o_{name}"
         if op.id in self.part:  # every block stores its share
             at += f" + block.to(tl.int64) * {'B * T' if r == 'T' else 'CHUNKS'} * HV{size}"
-        elif self.split and self.split != k:  # every block computes it: the first stores it
+        elif self.split and self.split != k and not self.piece.inner:  # every block computes it: the first stores it
             masks.append("(block == 0)")
         if r == "T":
             masks.insert(0, "rows")
@@ -437,7 +551,8 @@ class _Writer:
         """Make the padding of a value zero along the dimensions along which it might not be."""
         for d in dict.fromkeys(dims):
             at = f"inr{d}" if op.dims[0] == d else f"inc{d}"
-            self.line(f"v{op.id} = keep(v{op.id}, {at}, PAD{d})")
+            name = self.v(op.id)
+            self.line(f"{name} = keep({name}, {at}, PAD{d})")
 
     def _ordered(self, body: list[Op], ends: list[int]) -> list[Op]:
         """The body in a good order; the decay forms of a group come at once, at the place of the gate's."""
@@ -480,9 +595,9 @@ class _Writer:
         for i in op.args:
             if i in self.piece.known and i not in self.done:
                 at, mask = self._tile(self.program.index[i])
-                self.line(f"v{i} = tl.load({at}, mask={mask}{'' if mask == 'None' else ', other=0.0'})")
+                self.line(f"{self.v(i)} = tl.load({at}, mask={mask}{'' if mask == 'None' else ', other=0.0'})")
                 self._loaded(i)
-        name = f"v{op.id}"
+        name = self.v(op.id)
         self.plain[op.id] = name
         match op.kind:
             case "input":
@@ -515,6 +630,10 @@ class _Writer:
                     self.line(f"{name} = tl.where(rows, {self.f(op.args[0])}, 0.0)")
             case "cumsum":
                 self.line(f"{name} = {self._cumsum(op)}")
+            case "diagonal":
+                self.line(f"{name} = diagonal({self.f(op.args[0])})")
+            case "round":
+                self.line(f"{name} = {self.h(op.args[0])}.to(tl.float32)")
             case "mask":
                 self.line(f"{name} = lower({self.f(op.args[0])}, {op.attr('strict')})")
             case "between":
@@ -549,7 +668,7 @@ class _Writer:
             total = f"tl.sum({x}, axis=0, keep_dims=True)"
             near = {(False, False): "{s}", (False, True): "{s} - {x}", (True, False): "{t} - {s} + {x}", (True, True): "{t} - {s}"}
             close = near[reverse, exclusive].format(s=self.sums(i), x=x, t=total)
-        if i in self.gates:
+        if i in self.gates and self.how != "mild":
             close = f"tl.minimum({close}, 0.0)"
         return f"{apart} if DT == tl.float32 else {close}"
 
@@ -557,11 +676,15 @@ class _Writer:
         if op.attr("role") == "carry":
             c = next(c for c in self.loads if c.inp == op.id)
             offset, mask, elements = self._memory(c)
-            self.line(f"v{op.id} = tl.load(s_{c.name} + saved * ({elements}) + {offset}, mask={mask}, other=0.0)")
+            self.line(f"{self.v(op.id)} = tl.load(s_{c.name} + saved * ({elements}) + {offset}, mask={mask}, other=0.0)")
+        elif op.attr("role") == "head":
+            n, k = op.attr("name"), op.dims[1]
+            at, mask = (f" + c{k}", f", mask=inc{k}, other=0.0") if k != "1" else (" + tl.zeros([1, 1], tl.int32)", "")
+            self.line(f"{self.v(op.id)} = tl.load(p_{n} + head * sh_{n}{at}{mask})")
         else:
             n, k = op.attr("name"), op.dims[1]
             col, mask = (f" + c{k}", f"rows & inc{k}") if k != "1" else ("", "rows")
-            self.line(f"v{op.id} = tl.load(p_{n} + time.to(tl.int64) * st_{n} + row * st_{n}{col}, mask={mask}, other=0.0)")
+            self.line(f"{self.v(op.id)} = tl.load(p_{n} + time.to(tl.int64) * st_{n} + row * st_{n}{col}, mask={mask}, other=0.0)")
 
     def _map(self, op: Op) -> None:
         expr = op.attr("expr")
@@ -569,19 +692,20 @@ class _Writer:
             alone = expr.xreplace({operand(i): sympy.Integer(0) for i, a in enumerate(op.args) if a in self.part})
             if alone != 0:
                 expr = sympy.expand(expr - alone) + sympy.Symbol("lead") * alone
-        p = _Expression(f"w{op.id}", [self.f(i) for i in op.args])
+        name = self.v(op.id)
+        p = _Expression(f"w{op.id}{self.suffix}", [self.f(i) for i in op.args])
         p.known[sympy.Symbol("lead")] = "lead"
         text = p(expr)
         for line in p.lines:
             self.line(line)
-        self.line(f"v{op.id} = {text}" if op.args else f"v{op.id} = tl.full([1, 1], {text}, tl.float32)")
+        self.line(f"{name} = {text}" if op.args else f"{name} = tl.full([1, 1], {text}, tl.float32)")
         symbols = {operand(i): self.program.index[j].dims for i, j in enumerate(op.args)}
         self._keep(op, [d for d in op.dims if d in "KV"
                         and expr.xreplace({s: sympy.Integer(0) for s, dims in symbols.items() if d in dims}) != 0])
         zero = {s: sympy.Integer(0) for s in symbols}
         risky = any(q.exp.is_negative and q.base.xreplace(zero) == 0 for q in expr.atoms(sympy.Pow))
         if op.dims[0] == "T" and (risky or any(type(f).__name__ == "log" for f in expr.atoms(sympy.Function))):
-            self.line(f"v{op.id} = tl.where(rows, v{op.id}, 0.0)")
+            self.line(f"{name} = tl.where(rows, {name}, 0.0)")
 
     def _matmul(self, op: Op) -> None:
         dims = [self.program.index[i].dims for i in op.args]
@@ -608,7 +732,7 @@ class _Writer:
             text = f"tl.sum({column} * {right}, axis=0, keep_dims=True)"
         else:
             text = f"dot({left}, {right}, DT)"
-        self.line(f"v{op.id} = {text}")
+        self.line(f"{self.v(op.id)} = {text}")
 
     def _form(self, op: Op) -> None:
         if op.id in self.groups:
@@ -619,13 +743,14 @@ class _Writer:
         a = ", ".join(map(self.f, ids[:-1]))
         tail = f"{self.gate(ids[-1])}, {self.sums(ids[-1])}, {like.attr('strict')}, {like.attr('before')}, LEVELS, HOW, DT"
         if op.id in self.groups:
-            self.line(f"v{x}, v{y}, v{op.id} = form_all({a}, {tail})")
+            names = ", ".join(map(self.v, (x, y, op.id)))
+            self.line(f"{names} = form_all({a}, {tail})")
             for made in (x, y, op.id):
                 self._loaded(made)
         elif op.kind == "form_gate":
-            self.line(f"v{op.id} = form_gate({a}, {tail})")
+            self.line(f"{self.v(op.id)} = form_gate({a}, {tail})")
         else:
-            self.line(f"v{op.id} = form_{op.attr('wrt').lower()}({a}, {tail})")
+            self.line(f"{self.v(op.id)} = form_{op.attr('wrt').lower()}({a}, {tail})")
 
 
 def _group_forms(body: list[Op]) -> dict[int, tuple[int, int]]:

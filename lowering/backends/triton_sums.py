@@ -18,17 +18,21 @@ def gather(program: Program) -> Program:
     for op in program.ops:
         args = [new[a] for a in op.args]
         if op.kind == "map":
-            new[op.id] = _together(b, op, args) or b.map(op.attr("expr"), *args)
+            new[op.id] = plain_sum(op) and together(b, args) or b.map(op.attr("expr"), *args)
         else:
             new[op.id] = b.emit(op.kind, op.dims, *args, **dict(op.attrs))
     carries = tuple(Carry(c.name, new[c.inp], new[c.out], c.reverse) for c in program.carries)
     return verify(prune(Program(program.name, tuple(b.ops), carries, tuple((n, new[i]) for n, i in program.outputs))))
 
 
-def _together(b: Builder, op: Op, args: list[int]) -> int | None:
-    if op.attr("expr") != sympy.Add(*(operand(i) for i in range(len(args)))):
-        return None
-    sums = [a for a in args if b.ops[a].kind == "cumsum" and b.ops[a].dims == op.dims and op.dims[1] != "1"]
+def plain_sum(op: Op) -> bool:
+    """Whether a map adds its operands as they are."""
+    return bool(op.attr("expr") == sympy.Add(*(operand(i) for i in range(len(op.args)))))
+
+
+def together(b: Builder, args: list[int]) -> int | None:
+    """The sum of these values with its wide running sums taken together; None where there is nothing to gain."""
+    sums = [a for a in args if b.ops[a].kind == "cumsum" and b.ops[a].dims[1] != "1"]
     if len(sums) < 2:
         return None
     inner: list[int] = []

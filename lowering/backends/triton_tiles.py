@@ -11,8 +11,23 @@ sums of log decays, never differences, so that no factor exceeds 1. Its transpos
 
 from __future__ import annotations
 
+import os
+
 import triton
 import triton.language as tl
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def exp(x):
+    """e^x in two instructions, 0 where that is no normal number: `tl.exp` takes three more to scale such results."""
+    if INTERPRETED:
+        out = tl.exp(x)
+    else:
+        out = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * 1.4426950408889634], dtype=tl.float32,
+                                        is_pure=True, pack=1)
+    return out
 
 
 @triton.jit
@@ -46,11 +61,14 @@ def half_dot(a, b, DT: tl.constexpr):
 
 
 @triton.jit
-def select_dot(m, x, DT: tl.constexpr):
-    """M @ x for a mask M (0/1 exactly): x in two pieces keeps 16 bits of each summand."""
-    if tl.bfloat16 == DT:
-        high = x.to(tl.bfloat16)
-        low = (x - high.to(tl.float32)).to(tl.bfloat16)
+def select_dot(m, x, DT: tl.constexpr, EXACT: tl.constexpr = False):
+    """M @ x for a mask M (0/1 exactly): x in two pieces keeps 15 bits of each summand, or is of the type DT already."""
+    if EXACT and tl.float32 != DT:
+        out = tl.dot(m.to(DT), x.to(DT))
+    elif tl.bfloat16 == DT:
+        bits = x.to(tl.int32, bitcast=True)
+        high = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        low = (x - (bits & -65536).to(tl.float32, bitcast=True)).to(tl.bfloat16)
         one = m.to(tl.bfloat16)
         out = tl.dot(one, low)
         out = tl.dot(one, high, out)
@@ -68,10 +86,10 @@ def keep(x, mask, ON: tl.constexpr):
 
 
 @triton.jit
-def running(x, DT: tl.constexpr):
+def running(x, DT: tl.constexpr, EXACT: tl.constexpr = False):
     """Sums over the rows up to and with each."""
     C: tl.constexpr = x.shape[0]
-    return select_dot(tl.arange(0, C)[None, :] <= tl.arange(0, C)[:, None], x, DT)
+    return select_dot(tl.arange(0, C)[None, :] <= tl.arange(0, C)[:, None], x, DT, EXACT)
 
 
 @triton.jit
@@ -134,7 +152,7 @@ def between(g, STRICT: tl.constexpr, BEFORE: tl.constexpr, DT: tl.constexpr):
         m = j < i
     else:
         m = j <= i
-    return tl.exp(tl.where(m, tl.minimum(s, 0.0), -float("inf")))
+    return exp(tl.where(m, tl.minimum(s, 0.0), -float("inf")))
 
 
 @triton.jit
@@ -213,7 +231,7 @@ def halved_p(x, y, g, STRICT: tl.constexpr, BEFORE: tl.constexpr, LEVELS: tl.con
         j = tl.arange(0, C)[None, :]
         out = tl.where(i == j, tl.sum(x * y, axis=1, keep_dims=True), out)
     for b in range(1, LEVELS + 1):
-        e = tl.exp(select_dot(reach(b, C, BEFORE), g, DT))
+        e = exp(select_dot(reach(b, C, BEFORE), g, DT))
         out += tl.where(pairs(b, C), dot(x * e, tl.trans(y * e), DT), 0.0)
     return out
 
@@ -226,7 +244,7 @@ def halved_x(p, y, g, STRICT: tl.constexpr, BEFORE: tl.constexpr, LEVELS: tl.con
     if not STRICT:
         out = diagonal(p) * y
     for b in range(1, LEVELS + 1):
-        e = tl.exp(select_dot(reach(b, C, BEFORE), g, DT))
+        e = exp(select_dot(reach(b, C, BEFORE), g, DT))
         out += e * dot(tl.where(pairs(b, C), p, 0.0), y * e, DT)
     return out
 
@@ -239,7 +257,7 @@ def halved_y(p, x, g, STRICT: tl.constexpr, BEFORE: tl.constexpr, LEVELS: tl.con
     if not STRICT:
         out = diagonal(p) * x
     for b in range(1, LEVELS + 1):
-        e = tl.exp(select_dot(reach(b, C, BEFORE), g, DT))
+        e = exp(select_dot(reach(b, C, BEFORE), g, DT))
         out += e * dot(tl.trans(tl.where(pairs(b, C), p, 0.0)), x * e, DT)
     return out
 
@@ -256,7 +274,7 @@ def halved_all(p, x, y, g, STRICT: tl.constexpr, BEFORE: tl.constexpr, LEVELS: t
         dx = d * y
         dy = d * x
     for b in range(1, LEVELS + 1):
-        e = tl.exp(select_dot(reach(b, C, BEFORE), g, DT))
+        e = exp(select_dot(reach(b, C, BEFORE), g, DT))
         q = tl.where(pairs(b, C), p, 0.0)
         ax = e * dot(q, y * e, DT)
         ay = e * dot(tl.trans(q), x * e, DT)
@@ -283,7 +301,7 @@ def mild(s, DT: tl.constexpr):
 def form_p(x, y, g, s, STRICT: tl.constexpr, BEFORE: tl.constexpr, LEVELS: tl.constexpr, HOW: tl.constexpr, DT: tl.constexpr):
     """P_ij = sum over d of X_id Y_jd exp(sum of g_d over (j, i]); s is the running sum of g."""
     if HOW == 0:
-        out = lower(dot(x * since(s, g, BEFORE), tl.trans((y * tl.exp(-s)).to(DT)), DT), STRICT)
+        out = lower(dot(x * since(s, g, BEFORE), tl.trans((y * exp(-s)).to(DT)), DT), STRICT)
     elif HOW == 1:
         out = halved_p(x, y, g, STRICT, BEFORE, LEVELS, DT)
     elif mild(s, DT):
@@ -297,7 +315,7 @@ def form_p(x, y, g, s, STRICT: tl.constexpr, BEFORE: tl.constexpr, LEVELS: tl.co
 def form_x(p, y, g, s, STRICT: tl.constexpr, BEFORE: tl.constexpr, LEVELS: tl.constexpr, HOW: tl.constexpr, DT: tl.constexpr):
     """X_id = sum over j of P_ij Y_jd exp(sum of g_d over (j, i])."""
     if HOW == 0:
-        out = since(s, g, BEFORE) * dot(lower(p, STRICT), y * tl.exp(-s), DT)
+        out = since(s, g, BEFORE) * dot(lower(p, STRICT), y * exp(-s), DT)
     elif HOW == 1:
         out = halved_x(p, y, g, STRICT, BEFORE, LEVELS, DT)
     elif mild(s, DT):
@@ -311,7 +329,7 @@ def form_x(p, y, g, s, STRICT: tl.constexpr, BEFORE: tl.constexpr, LEVELS: tl.co
 def form_y(p, x, g, s, STRICT: tl.constexpr, BEFORE: tl.constexpr, LEVELS: tl.constexpr, HOW: tl.constexpr, DT: tl.constexpr):
     """Y_jd = sum over i of P_ij X_id exp(sum of g_d over (j, i])."""
     if HOW == 0:
-        out = tl.exp(-s) * dot(tl.trans(lower(p, STRICT).to(DT)), x * since(s, g, BEFORE), DT)
+        out = exp(-s) * dot(tl.trans(lower(p, STRICT).to(DT)), x * since(s, g, BEFORE), DT)
     elif HOW == 1:
         out = halved_y(p, x, g, STRICT, BEFORE, LEVELS, DT)
     elif mild(s, DT):
@@ -336,12 +354,12 @@ def form_all(p, x, y, g, s, STRICT: tl.constexpr, BEFORE: tl.constexpr, LEVELS: 
     if HOW == 0:
         e = since(s, g, BEFORE)
         xe = (x * e).to(DT)
-        ye = (y * tl.exp(-s)).to(DT)
+        ye = (y * exp(-s)).to(DT)
         q = lower(p, STRICT).to(DT)
         ax = dot(q, ye, DT)
         ay = dot(tl.trans(q), xe, DT)
         dx = e * ax
-        dy = tl.exp(-s) * ay
+        dy = exp(-s) * ay
         # a pair adds to the rows l <= i and takes from the rows l <= j what cancels exactly: both use the rounded factors
         up = xe.to(tl.float32) * ax
         dg = later(up - ye.to(tl.float32) * ay, DT)
@@ -361,7 +379,7 @@ def since(s, g, BEFORE: tl.constexpr):
     """The decay from the chunk's start up to (and with, unless `before`) each row."""
     if BEFORE:
         s = s - g
-    return tl.exp(s)
+    return exp(s)
 
 
 @triton.jit

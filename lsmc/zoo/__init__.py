@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from lsmc.lsm import LSM
 from lsmc.zoo.bla import bla
+from lsmc.zoo.deltanet import deltanet
 from lsmc.zoo.gated_deltanet import gated_deltanet
 from lsmc.zoo.gateloop import gateloop
 from lsmc.zoo.gateloop_real import gateloop_real
@@ -16,6 +17,7 @@ from lsmc.zoo.hgrn2 import hgrn2
 from lsmc.zoo.kda import kda
 from lsmc.zoo.lightning import lightning
 from lsmc.zoo.mamba import mamba
+from lsmc.zoo.mamba2 import mamba2
 from lsmc.zoo.retnet import retnet
 from lsmc.zoo.rwkv6 import rwkv6
 from lsmc.zoo.rwkv7 import rwkv7
@@ -25,8 +27,8 @@ from lsmc.zoo.titans_plain import titans_plain
 from lsmc.zoo.ttt import ttt
 
 METHODS: tuple[LSM, ...] = (
-    bla, lightning, retnet, gla, gfw, gateloop_real, gateloop, gated_deltanet, ttt, titans_plain,
-    titans, s4, mamba, hgrn2, rwkv6, rwkv7, kda,
+    bla, lightning, retnet, mamba2, gla, gfw, gateloop_real, gateloop, deltanet, gated_deltanet, kda, ttt, titans_plain, titans,
+    s4, mamba, hgrn2, rwkv6, rwkv7,
 )  # fmt: skip
 
 
@@ -36,6 +38,6 @@ def names() -> tuple[str, ...]:
 
 
 __all__ = [
-    "METHODS", "bla", "gated_deltanet", "gateloop", "gateloop_real", "gfw", "gla", "hgrn2", "kda", "lightning", "mamba",
-    "names", "retnet", "rwkv6", "rwkv7", "s4", "titans", "titans_plain", "ttt",
+    "METHODS", "bla", "deltanet", "gated_deltanet", "gateloop", "gateloop_real", "gfw", "gla", "hgrn2", "kda", "lightning",
+    "mamba", "mamba2", "names", "retnet", "rwkv6", "rwkv7", "s4", "titans", "titans_plain", "ttt",
 ]  # fmt: skip

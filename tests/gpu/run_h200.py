@@ -173,6 +173,10 @@ SPLIT = [{"num_warps": 4, "block": 64}, {"num_warps": 4, "block": 32}, {"num_war
          {"num_warps": 8, "block": 64}, {"num_warps": 8, "block": 128}, {"num_warps": 4, "block": 128}]
 
 
+INNER = [{"num_warps": w, "block": b, "num_stages": n} for w, b, n in ((4, 64, 1), (4, 64, 2), (4, 32, 1), (4, 32, 2), (4, 32, 3),
+                                                                        (8, 64, 1), (8, 64, 2), (8, 128, 1), (4, 16, 2))]
+
+
 def candidates(k: Any) -> list[dict[str, int]]:
     """Plans to try for one kernel, over the default one."""
     if k.how == "slow":
@@ -181,7 +185,7 @@ def candidates(k: Any) -> list[dict[str, int]]:
         return [{}, {"num_stages": 1}, {"num_stages": 3}, {"num_warps": 8}] + [{f"B{k.split}": 32}] * bool(k.split)
     if k.split is None:
         return WHOLE
-    return [{f"B{k.split}" if n == "block" else n: x for n, x in plan.items()} for plan in SPLIT]
+    return [{f"B{k.split}" if n == "block" else n: x for n, x in plan.items()} for plan in (INNER if k.inner else SPLIT)]
 
 
 def launches(name: str, schedule: str | None, b: int, t: int, h: int) -> list[tuple[Any, Any]]:

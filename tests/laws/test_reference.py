@@ -234,6 +234,8 @@ BY_HAND: list[tuple[LSM, Callable[..., tuple[Tensor, Tensor]]]] = [
     (lsmc.zoo.gateloop, gateloop),
     (lsmc.zoo.s4, s4),
     (lsmc.zoo.mamba, mamba),
+    (lsmc.zoo.deltanet, deltanet),
+    (lsmc.zoo.mamba2, skip),
     (
         LSM("delta", recurrence=(eye - scalar("beta") * outer(k, k)) @ M + scalar("beta") * outer(k, v)),
         deltanet,

@@ -232,6 +232,8 @@ MALFORMED: dict[str, str] = {
     "%6: (T,K) = form(%0, %0, %5){wrt=P, strict=True, before=False}": "of what it is derived by",
     "%6: (T,K) = form_gate(%0, %0, %0, %5){strict=True, before=False}": "(T, T) tile for P",
     "%6: (T,V) = form_gate(%4, %0, %0, %5){strict=True, before=False}": "of what it is derived by",
+    "%6: (T,K) = round(%0, %0)": "takes (1,) operands",
+    "%6: (T,1) = diagonal(%0, %0)": "takes (1,) operands",
     "%6: (T,V) = scan(%0, %1, %3, %2){log=x0, writes=1, at=updated}": "operands are a query",
     "%6: (T,K) = scan(%0, %1, %3, %2){log=x0, writes=1, at=}": "result has the wrong dimensions",
     "%6: (K,V) = scan_grad(%0, %1, %3, %2, %1){wrt=2, log=x0, writes=1, at=}": "the cotangent",

@@ -1,0 +1,3 @@
+from lsmc.runtime.bench.command import main
+
+main()
