@@ -36,6 +36,15 @@ def backend(device: str) -> str:
     return os.environ.get("LSMC_BACKEND") or ("triton" if device == "cuda" else "aten")
 
 
+LACKS = {"triton": frozenset({"scan", "scan_grad"})}
+"""Operations that a backend has no code for."""
+
+
+def able(target: str, program: Program) -> str:
+    """The backend `target` where it has code for all of a program, else ATen, which runs on every device."""
+    return "aten" if LACKS.get(target, frozenset()) & {op.kind for op in program.ops} else target
+
+
 def ranking(target: str) -> Rank:
     """How schedules are compared for a backend."""
     if target == "triton":

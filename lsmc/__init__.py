@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lsmc.decays import Constant, Identity, Matrix, Scalar, Vector
+from lsmc.decays import Constant, Identity, Matrix, Rotation, Scalar, Vector
 from lsmc.errors import (
     LsmCausalityError,
     LsmCheckError,
@@ -87,6 +87,7 @@ __all__ = [
     "LsmUpdateError",
     "M",
     "Matrix",
+    "Rotation",
     "Scalar",
     "Vector",
     "abs",

@@ -30,11 +30,11 @@ State = Tensor | tuple[Tensor, ...]
 
 
 @constant
-def _signature(key: str) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
-    """The names of a declaration's inputs, those that are matrices (cast by autocast), whether it has a normaliser."""
+def _signature(key: str) -> tuple[tuple[str, ...], tuple[str, ...], tuple[tuple[str, ...], ...]]:
+    """The names of a declaration's inputs, those that are matrices (cast by autocast), the dimensions of its states."""
     c = declared(key).canonical
     casts = tuple(f.name for f in c.inputs if f.name in ("q", "k", "v"))
-    return tuple(f.name for f in c.inputs), casts, c.normalizer
+    return tuple(f.name for f in c.inputs), casts, tuple(f.dims for f in c.states)
 
 
 @constant
@@ -96,7 +96,7 @@ def call(declaration: LSM, *, initial_state: State | None = None, return_final_s
 
     inputs              by name: q, k (B, T, H, K), v (B, T, HV, V), per token (B, T, HV, …), per head (HV, …); any
                         strides, T ≥ 0, HV a multiple of H. Autocast casts q, k and v.
-    initial_state       M (B, HV, K, V), float32 (float64 with float64 inputs), or (M, Z) with a normaliser; zeros if None
+    initial_state       M (B, HV, K, V), float32 (float64 with float64 inputs), or the tuple of `Canonical.states`; zeros if None
     cu_seqlens          (N+1,) int: packed sequences with B = 1, empty ones allowed; states are then (N, HV, K, V)
     scale               multiplies q
     chunk, schedule     fix what the compiler otherwise chooses: tokens per chunk (a power of two), a schedule's name
@@ -104,7 +104,7 @@ def call(declaration: LSM, *, initial_state: State | None = None, return_final_s
     Raises LsmMissingInputError, LsmUnexpectedInputError, LsmShapeError, LsmDtypeError, LsmSequenceError, LsmOptionError
     before anything runs, and LsmNotAffineError or LsmNoChunkFormError for declarations without a chunk form.
     """
-    names, casts, normalizer = _signature(declaration.key)
+    names, casts, states = _signature(declaration.key)
     sizes = None
     if torch.compiler.is_compiling():
         tensors = _bind_traced(declaration, names, inputs, initial_state)
@@ -125,15 +125,12 @@ def call(declaration: LSM, *, initial_state: State | None = None, return_final_s
     if initial_state is not None:
         given = initial_state if isinstance(initial_state, tuple | list) else (initial_state,)
         dtype = ops.state_dtype(tensors[casts[-1] if casts else names[0]].dtype)
-        start = [s.to(dtype) for s in given]
-        if normalizer:
-            start[1] = start[1][..., None]
+        start = [s.to(dtype)[..., None] if dims == ("K",) else s.to(dtype) for s, dims in zip(given, states)]
     o, *ends = ops.run([tensors[n] for n in names], start, cu_seqlens, spec)
     if not return_final_state:
         return o
-    if normalizer:
-        return o, (ends[0], ends[1].squeeze(-1))
-    return o, ends[0]
+    ends = [e.squeeze(-1) if dims == ("K",) else e for e, dims in zip(ends, states)]
+    return o, tuple(ends) if len(ends) > 1 else ends[0]
 
 
 def _bind_traced(declaration: LSM, names: tuple[str, ...], inputs: Mapping[str, Any], state: State | None) -> dict[str, Tensor]:
@@ -166,8 +163,8 @@ def _bind_traced(declaration: LSM, names: tuple[str, ...], inputs: Mapping[str, 
     heads = sizes["HV" if "HV" in sizes else "H"]
     if state is not None:
         sizes["HV"] = heads
-        for x, parts in zip(state if isinstance(state, tuple | list) else (state,), (("N", "HV", "K", "V"), ("N", "HV", "K"))):
-            same("initial_state", x, parts)
+        for x, dims in zip(state if isinstance(state, tuple | list) else (state,), _signature(declaration.key)[2]):
+            same("initial_state", x, ("N", "HV", *dims))
     like = tensors["v"] if "v" in tensors else next(iter(tensors.values()))
     for name in names:
         if name not in tensors:

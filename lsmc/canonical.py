@@ -82,8 +82,10 @@ class Canonical:
     """The canonical form of a declaration; `str` prints it.
 
     One step: reads from M_{s-1} or D(M_{s-1});  M_s = D(M_{s-1}) + Σ_w key_wᵀ value_w;  queries;  o =
-    output (dims (V,)). D(M) = e^{decay_k} ⊙ M ⊙ e^{decay_v} ⊙ e^{decay_kv}; the parts are log decays with
-    dims () or (K,); (V,); (K, V), or None. `inputs`: q, k, v (those that are used), then the decay's
+    output (dims (V,)). D(M) = e^{decay_k + i phase} ⊙ M ⊙ e^{decay_v} ⊙ e^{decay_kv}; the parts are log decays with
+    dims () or (K,); (V,); (K, V), or None, and angles with dims () or (K,): M is complex then, and real parts are
+    read. With `momentum` (a log decay, dims ()) an accumulator P takes the writes: P_s = e^{momentum} P_{s-1} + Σ_w
+    key_wᵀ value_w and M_s = D(M_{s-1}) + P_s. `inputs`: q, k, v (those that are used), then the decay's
     inputs, then the others, by name. `normalizer`: there is a second memory Z ∈ R^K, the same recurrence
     with v = 1 (its reads are scalars key · Z). `defaults`: per-head inputs that may be omitted, as
     functions of the number of heads. `where`: the update in the user's source, for errors of later stages.
@@ -102,6 +104,21 @@ class Canonical:
     normalizer: bool
     defaults: dict[str, Callable[[int], list[float]]] = field(compare=False)
     where: Where | None = field(default=None, compare=False, repr=False)
+    phase: sympy.Expr | None = None
+    momentum: sympy.Expr | None = None
+
+    @property
+    def states(self) -> tuple[Field, ...]:
+        """The memories that a step hands to the next, in the order of the state: M; I, the imaginary part of a complex
+        one; P, what momentum accumulates; Z, the normaliser."""
+        there = {"I": self.phase is not None, "P": self.momentum is not None, "Z": self.normalizer}
+        return (Field("M", DIMS), *(Field(name, DIMS if name != "Z" else ("K",)) for name in there if there[name]))
+
+    @property
+    def decays(self) -> tuple[sympy.Expr, ...]:
+        """The log decays there are: of the memory along K, V and both, and of what momentum accumulates."""
+        parts = self.decay_k, self.decay_v, self.decay_kv, self.momentum
+        return tuple(part for part in parts if part is not None)
 
     def __str__(self) -> str:
         lines = [
@@ -112,14 +129,19 @@ class Canonical:
             for part in (self.decay_k, self.decay_v, self.decay_kv)
             if part is not None
         ]
+        if self.phase is not None:
+            parts.append(f"exp(i ({show(self.phase)})){show_dims(dims_of(self.phase)).replace(' ', '')}")
         lines.append(f"  decay   M' = {' * '.join([*parts, 'M'])}")
         lines += [f"  read    {read}" for read in self.reads]
-        lines += [f"  write   M+ = M' + ({show(w.key)})^T ({show(w.value)})" for w in self.writes[:1]]
+        into = "M+ = M'" if self.momentum is None else f"P+ = exp({show(self.momentum)}) * P"
+        lines += [f"  write   {into} + ({show(w.key)})^T ({show(w.value)})" for w in self.writes[:1]]
         lines += [f"               + ({show(w.key)})^T ({show(w.value)})" for w in self.writes[1:]]
         lines += [
             f"  query   {y.symbol} = ({show(y.key)}) . {_SHOWN[y.at].replace('M', y.of)}"
             for y in self.queries
         ]
+        if self.momentum is not None:
+            lines.insert(-len(self.queries) or len(lines), "  add     M+ = M' + P+")
         return "\n".join([*lines, f"  output  o = {show(self.output)}"])
 
 
@@ -302,15 +324,18 @@ def _depends(expr: sympy.Expr, symbols: Iterable[sympy.Symbol]) -> bool:
 
 def canonicalise(
     name: str,
-    decay: tuple[sympy.Expr | None, sympy.Expr | None, sympy.Expr | None],
+    decay: tuple[sympy.Expr | None, ...],
     update: sympy.Expr,
     readout: sympy.Expr,
     defaults: dict[str, Callable[[int], list[float]]],
     *,
     recurrence: bool = False,
+    momentum: sympy.Expr | None = None,
     where: Where | None = None,
 ) -> Canonical:
     """The canonical form of M_s = D(M_{s-1}) + update (or, with `recurrence`, M_s = update), o = readout.
+
+    `decay` holds the log decays over K, V and both, and the phase; `momentum` the log decay of the accumulated update.
 
     Raises LsmUpdateError when the update is no sum of outer products, reads and a scaling of the memory,
     LsmDimsError when the readout is no vector over V, LsmDecayError when what the update adds to the
@@ -318,8 +343,8 @@ def canonicalise(
     """
     side = "recurrence" if recurrence else "update"
     spot, seen = (where.at(side), where.at("readout")) if where else (None, None)
-    decay_k, decay_v, decay_kv = (None if part is None else tidy(part) for part in decay)
-    still = decay_k is None and decay_v is None and decay_kv is None
+    decay_k, decay_v, decay_kv, phase, momentum = (None if part is None else tidy(part) for part in (*decay, momentum))
+    still = decay_k is None and decay_v is None and decay_kv is None and phase is None
 
     def named(expr: sympy.Expr, bare: str) -> sympy.Expr:
         table = {}
@@ -377,11 +402,16 @@ def canonicalise(
         or decayed in named(readout, "updated").free_symbols
     )
 
+    if (phase is not None or momentum is not None) and any(factor != 0 for factor in kept.values()):
+        raise LsmUpdateError(
+            f"{name}: the update scales a memory that {'rotates' if phase is not None else 'has momentum'}", where=spot,
+            help="put the scaling into decay=…",
+        )  # fmt: skip
     decay_k, decay_kv = _fold(
         name, decay_k, decay_v, decay_kv, {m: expand(f) for m, f in kept.items()}, reads_decayed, spot
     )
 
-    if decay_k is not None and decay_v is None and decay_kv is None:
+    if decay_k is not None and decay_v is None and decay_kv is None and phase is None:
         used, pairs = _after_decay(decay_k, used, pairs, reads)
 
     # names in a standard order: by place, then by the text of the key
@@ -400,9 +430,12 @@ def canonicalise(
     queries, output = _queries(name, tidy(named(readout, "updated")), seen)
     normalizer = any(query.of == "Z" for query in queries)
     if normalizer:
+        if phase is not None or momentum is not None:
+            raise LsmUpdateError(f"{name}: M.normalizer beside {'a rotation' if phase is not None else 'momentum'}", where=seen,
+                                 help="keep a normaliser of your own as a second declaration")  # fmt: skip
         _check_normalizer(name, decay_v, decay_kv, writes, read_list, seen)
 
-    decays = [part for part in (decay_k, decay_v, decay_kv) if part is not None]
+    decays = [part for part in (decay_k, decay_v, decay_kv, phase, momentum) if part is not None]
     rest_of = [
         *(r.key for r in read_list),
         *(e for w in writes for e in (w.key, w.value)),
@@ -421,7 +454,7 @@ def canonicalise(
     known = {symbol.name for symbol in inputs}
     return Canonical(
         name, inputs, decay_k, decay_v, decay_kv, read_list, writes, queries, output, normalizer,
-        {key: value for key, value in defaults.items() if key in known}, where=spot,
+        {key: value for key, value in defaults.items() if key in known}, spot, phase, momentum,
     )  # fmt: skip
 
 

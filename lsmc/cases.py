@@ -135,6 +135,7 @@ def sample(declaration: Any, case: Case, *, batch: int | None = None) -> Sample:
     generator = torch.Generator().manual_seed(case.seed)
     reads = bool(canonical.reads)
     gate_of = _gate_domains(canonical)
+    elsewhere = _read_elsewhere(canonical)
     inputs: dict[str, Tensor] = {}
     per_token = set()
     for item in canonical.inputs:
@@ -150,7 +151,7 @@ def sample(declaration: Any, case: Case, *, batch: int | None = None) -> Sample:
         elif item.name == "k" or (reads and "K" in item.dims and item.name != "q"):
             value = _randn(shape, generator)
             if reads:
-                value = torch.nn.functional.normalize(value, dim=-1)
+                value = torch.nn.functional.normalize(value, dim=-1) * (ELSEWHERE if item in elsewhere else 1)
         elif item.dims:
             value = _randn(shape, generator)
         else:
@@ -159,10 +160,22 @@ def sample(declaration: Any, case: Case, *, batch: int | None = None) -> Sample:
     state: Tensor | tuple[Tensor, ...] | None = None
     if case.initial_state:
         lead = (batch or case.batch, case.heads * case.groups)
-        state = _randn((*lead, case.key_dim, case.value_dim), generator).requires_grad_()
-        if canonical.normalizer:
-            state = (state, _randn((*lead, case.key_dim), generator).abs().requires_grad_())
+        sizes = {"K": case.key_dim, "V": case.value_dim}
+        drawn = [_randn((*lead, *(sizes[d] for d in f.dims)), generator) for f in canonical.states]
+        parts = tuple((x.abs() if f.name == "Z" else x).requires_grad_() for f, x in zip(canonical.states, drawn))
+        state = parts if len(parts) > 1 else parts[0]
     return Sample(inputs, state, case.scale, frozenset(per_token))
+
+
+ELSEWHERE = 1 / 16
+"""Norm of keys of reads that are written at another key: I + bᵀa does not contract, and T tokens may amplify by
+(1 + |a||b|)^T, which is to stay far below what float64 resolves."""
+
+
+def _read_elsewhere(canonical: Any) -> set[Field]:
+    """The inputs in keys of reads that correct what is written at another key."""
+    pairs = [(r.key, w.key) for r in canonical.reads for w in canonical.writes if r.symbol in w.value.free_symbols]
+    return {f for read, written in pairs if read != written for f in read.free_symbols - written.free_symbols}
 
 
 def _shape(item: Any, case: Case) -> tuple[int, ...]:
@@ -174,12 +187,14 @@ def _shape(item: Any, case: Case) -> tuple[int, ...]:
 
 Warp = Callable[[Tensor], Tensor]
 
-# How a gate g <= 0 may enter the decay: as it is, as its absolute value, as exp(g) in (0, 1], or shifted about zero.
+# How a gate g <= 0 may enter the decay: as it is, as its absolute value, as exp(g) in (0, 1], shifted about
+# zero, or as 1 - exp(g) in [0, 1).
 _WARPS: tuple[Warp, ...] = (
     lambda g: g,
     lambda g: -g,
-    lambda g: torch.exp(g.clamp(min=-30.0)),
+    lambda g: torch.exp(g.clamp(min=-4.0)),  # its gradient is that of the log decay over e^g, with 1/e^g of its error
     lambda g: 1 + g.clamp(min=-30.0),
+    lambda g: -torch.expm1(g.clamp(min=-4.0)),
 )
 
 
@@ -192,9 +207,7 @@ def _gate_domains(canonical: Any) -> dict[str, tuple[str, Warp]]:
     not its square.
     """
     found: dict[str, tuple[str, Warp]] = {}
-    for decay in (canonical.decay_k, canonical.decay_v, canonical.decay_kv):
-        if decay is None:
-            continue
+    for decay in canonical.decays:
         gates = [
             symbol for symbol in canonical.inputs if symbol in decay.free_symbols and symbol.name not in "qkv"
         ]
@@ -214,7 +227,7 @@ def _gate_domains(canonical: Any) -> dict[str, tuple[str, Warp]]:
 
 
 def _probe(generator: torch.Generator) -> Tensor:
-    return torch.cat([-1000 * _rand((16,), generator), -_rand((48,), generator)])[
+    return torch.cat([torch.zeros(1, dtype=torch.float64), -1000 * _rand((15,), generator), -_rand((48,), generator)])[
         torch.randperm(64, generator=generator)
     ]
 

@@ -17,15 +17,23 @@ Method = Annotated[Positional[str], arg(metavar="METHOD", help="a method of the 
 
 
 def list_() -> None:
-    """The methods of the zoo, with their inputs and their declarations."""
+    """The methods of the zoo: decay, update, state, what compiles them, what ranks that share a sequence exchange."""
     from lsmc import zoo
+    from lsmc.lowering.plan import able
+    from lsmc.summary import summary
 
-    table = Table("method", "inputs", "declaration", box=None, pad_edge=False, header_style="bold")
-    for name in zoo.names():
-        method = getattr(zoo, name)
-        inputs = " ".join(str(field) for field in method.canonical.inputs)
-        table.add_row(escape(name), escape(inputs), escape(_one_line(method)))
-    _console().print(table)
+    def backends(program: Any) -> list[str]:
+        return [name for name in ("aten", "triton") if able(name, program) == name]
+
+    rows = [summary(method.canonical, backends) for method in zoo.METHODS]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in rows[0]:
+        table.add_column(column, no_wrap=True)
+    for row in rows:
+        table.add_row(*map(escape, row.values()))
+    console = _console()
+    console.width = max(console.width, console.measure(table, options=console.options.update(max_width=1000)).maximum)
+    console.print(table)
 
 
 def explain(
@@ -248,10 +256,6 @@ def _explanation(method: str) -> Any:
     import lsmc
 
     return lsmc.explain(_resolve(method))
-
-
-def _one_line(method: Any) -> str:
-    return " ".join(repr(method).split())
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
     Vector("g")         D(M) = diag(e^g) M            g (B, T, HV, K), ≤ 0;  over="V": M diag(e^g), g (B,
     T, HV, V)
     Matrix("A")         D(M) = e^A ⊙ M                A (B, T, HV, K, V), ≤ 0
+    Rotation("theta")   D(M) = diag(e^{iθ}) M         theta (B, T, HV, K), any angles; the memory is complex
 
 The argument is the name of an input or an expression of the *log* decay:
 ``Scalar(-softplus(scalar("f")))``; a decay given as a factor a in (0, 1] is ``log(a)``:
@@ -32,18 +33,19 @@ Default = Callable[[int], list[float]]
 
 
 class Decay:
-    """A log decay in up to three parts: D(M) = e^{k} ⊙ M ⊙ e^{v} ⊙ e^{kv}, each part None when absent.
+    """A log decay in up to four parts: D(M) = e^{k + i phase} ⊙ M ⊙ e^{v} ⊙ e^{kv}, each part None when absent.
 
-    log_k    dims () or (K,)         log_v   dims (V,)         log_kv   dims (K, V)
+    log_k    dims () or (K,)    log_v   dims (V,)    log_kv   dims (K, V)    phase   dims () or (K,)
     defaults   per-head inputs that a call may omit, as functions of the number of heads
     """
 
-    __slots__ = ("_content", "log_k", "log_v", "log_kv", "defaults", "where")
+    __slots__ = ("_content", "log_k", "log_v", "log_kv", "phase", "defaults", "where")
 
     _content: tuple[object, ...]
     log_k: sympy.Expr | None
     log_v: sympy.Expr | None
     log_kv: sympy.Expr | None
+    phase: sympy.Expr | None
     defaults: Mapping[str, Default]
     where: Where | None
 
@@ -54,11 +56,17 @@ class Decay:
         log_kv: sympy.Expr | None = None,
         defaults: Mapping[str, Default] | None = None,
         where: Where | None = None,
+        phase: sympy.Expr | None = None,
     ) -> None:
-        for name, value in (("log_k", log_k), ("log_v", log_v), ("log_kv", log_kv), ("where", where)):
+        for name, value in (("log_k", log_k), ("log_v", log_v), ("log_kv", log_kv), ("phase", phase), ("where", where)):
             object.__setattr__(self, name, value)
         object.__setattr__(self, "defaults", dict(defaults or {}))
-        object.__setattr__(self, "_content", (log_k, log_v, log_kv, tuple(sorted(self.defaults))))
+        object.__setattr__(self, "_content", (*self.parts, tuple(sorted(self.defaults))))
+
+    @property
+    def parts(self) -> tuple[sympy.Expr | None, ...]:
+        """log_k, log_v, log_kv, phase."""
+        return self.log_k, self.log_v, self.log_kv, self.phase
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError("decays are immutable")
@@ -70,7 +78,7 @@ class Decay:
         return hash(self._content)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Decay, (self.log_k, self.log_v, self.log_kv, dict(self.defaults))
+        return Decay, (self.log_k, self.log_v, self.log_kv, dict(self.defaults), None, self.phase)
 
     def __mul__(self, other: object) -> Decay:
         where = here()
@@ -85,7 +93,7 @@ class Decay:
 
         return Decay(
             add(self.log_k, other.log_k), add(self.log_v, other.log_v), add(self.log_kv, other.log_kv),
-            {**self.defaults, **other.defaults}, where,
+            {**self.defaults, **other.defaults}, where, add(self.phase, other.phase),
         )  # fmt: skip
 
     def __rmul__(self, other: object) -> Decay:
@@ -97,6 +105,7 @@ class Decay:
 
     def __repr__(self) -> str:
         shown = [show(part) for part in (self.log_k, self.log_v, self.log_kv) if part is not None]
+        shown += [] if self.phase is None else [f"i ({show(self.phase)})"]
         return "Identity()" if not shown else "decay exp(" + ") * exp(".join(shown) + ")"
 
 
@@ -185,6 +194,23 @@ class Matrix(Decay):
         super().__init__(log_kv=_checked(term, where), where=where)
 
 
+class Rotation(Decay):
+    """D(M) = diag(e^{iθ}) M with angles θ (B, T, HV, K): entries of a complex memory turn, each by a phase of its own.
+
+    Beside a log decay g, ``Vector("g") * Rotation("theta")``, a step multiplies by e^{g + iθ}. What is written is real,
+    and what is read is the real part: q @ M is Re(q M). The state is the pair (real part, imaginary part).
+    `theta` is the name of an input or an expression with dims (K,) or ().
+    """
+
+    __slots__ = ()
+
+    def __init__(self, theta: str | Term) -> None:
+        where = here()
+        term = vector(theta) if isinstance(theta, str) else _log_decay(theta, where, "theta")
+        _need(term, (frozenset(), OVER_K), "Rotation", where)
+        super().__init__(phase=term.expr, where=where)
+
+
 def _log_decay(value: object, where: Where | None, name: str) -> Term:
     if isinstance(value, Decay):
         raise LsmDeclarationError(
@@ -207,9 +233,10 @@ def _need(term: Term, allowed: tuple[frozenset[str], ...], kind: str, where: Whe
             OVER_V: 'Vector(…, over="V")',
             KV: "Matrix",
         }
+        what = "an angle" if kind == "Rotation" else "a log decay"
         raise LsmDimsError(
-            f"{kind} takes a log decay with dims {want}; {term!r} has dims {show_dims(term.dims)}", where=spot,
-            help=f"use {kinds[term.dims]}",
+            f"{kind} takes {what} with dims {want}; {term!r} has dims {show_dims(term.dims)}", where=spot,
+            help=f"use {kinds[term.dims]}" if kind != "Rotation" else 'declare it with vector("theta", over="K")',
         )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 and the reference.
 
     q, k (B, T, H, K)   v (B, T, HV, V)   per token (B, T, HV, *dims)   per head (HV, *dims)   HV a
-    multiple of H state M (B, HV, K, V), with a normaliser (M, Z) and Z (B, HV, K); with cu_seqlens B = 1
+    multiple of H; state M (B, HV, K, V), or the tuple of `Canonical.states`, each (B, HV, *dims); with cu_seqlens B = 1
     and N states for N sequences
 """
 
@@ -146,13 +146,15 @@ def _shape(symbol: Field, step: bool) -> str:
 
 
 def _check_state(canonical: Canonical, state: tuple[Any, ...], sizes: Sizes) -> None:
-    shapes = [(sizes.N, sizes.HV, sizes.K, sizes.V)] + [(sizes.N, sizes.HV, sizes.K)] * canonical.normalizer
-    if len(state) != len(shapes):
+    names = [f.name for f in canonical.states]
+    if len(state) != len(names):
         raise LsmShapeError(
-            f"{canonical.name} has {len(shapes)} state(s); initial_state has {len(state)}", where=here(),
-            help="with a normaliser the state is the tuple (M, Z)" if canonical.normalizer else "the state is one tensor",
+            f"{canonical.name} has {len(names)} state(s); initial_state has {len(state)}", where=here(),
+            help=f"the state is the tuple ({', '.join(names)})" if len(names) > 1 else "the state is one tensor",
         )  # fmt: skip
-    for value, shape, text in zip(state, shapes, ("(N, HV, K, V)", "(N, HV, K)"), strict=False):
+    for value, field in zip(state, canonical.states, strict=True):
+        shape = (sizes.N, sizes.HV, *(getattr(sizes, dim) for dim in field.dims))
+        text = f"(N, HV, {', '.join(field.dims)})"
         if not isinstance(value, Tensor) or value.dtype not in DTYPES:
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise LsmDtypeError(

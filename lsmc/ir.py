@@ -28,6 +28,8 @@ Operations, with rows i, j and columns d:
 | `between{strict,before}` | D_ij = exp(sum of g over (j, i]), masked; `before` leaves out g_i: (j, i) |
 | `between_grad{before}` | its transpose: dg_l = sum of W_ij over the pairs whose interval holds l |
 | `inverse` | (I + L)⁻¹ for strictly lower L |
+| `scan{log,writes,at}` | q · M_i at every token, M_i = e^{log} ⊙ M_{i−1} + Σ kᵀv over (K, V); without `at` M after the chunk |
+| `scan_grad{wrt,…}` | its partial derivatives: the operands of `scan`, then the cotangent |
 | `round` | the value as the operand of a product holds it, where that has fewer digits; only backends make it |
 | `diagonal` | that of a (T, T) tile, as a (T, 1) column; only backends make it |
 
@@ -61,7 +63,7 @@ DIMS = ("T", "K", "V", "1")
 KINDS: dict[str, tuple[int, ...]] = {  # kind -> permitted operand counts
     "input": (0,), "map": tuple(range(17)), "expand": (1,), "transpose": (1,), "matmul": (2,), "sum": (1,), "max": (1,),
     "cumsum": (1,), "mask": (1,), "valid": (1,), "form": (3,), "form_gate": (4,), "between": (1,), "between_grad": (1,),
-    "inverse": (1,), "round": (1,), "diagonal": (1,),
+    "inverse": (1,), "scan": tuple(range(33)), "scan_grad": tuple(range(34)), "round": (1,), "diagonal": (1,),
 }
 _FLAG = (True, False)
 ATTRS: dict[str, dict[str, tuple[Any, ...]]] = {  # kind -> its attributes and their permitted values (any, if none is listed)
@@ -69,7 +71,8 @@ ATTRS: dict[str, dict[str, tuple[Any, ...]]] = {  # kind -> its attributes and t
     "sum": {"axis": (0, 1)}, "max": {"axis": (0, 1)}, "cumsum": {"reverse": _FLAG, "exclusive": _FLAG},
     "mask": {"strict": _FLAG}, "form": {"wrt": ("P", "X", "Y"), "strict": _FLAG, "before": _FLAG},
     "form_gate": {"strict": _FLAG, "before": _FLAG}, "between": {"strict": _FLAG, "before": _FLAG},
-    "between_grad": {"before": _FLAG},
+    "between_grad": {"before": _FLAG}, "scan": {"log": (), "writes": (), "at": ("", "previous", "decayed", "updated")},
+    "scan_grad": {"wrt": (), "log": (), "writes": (), "at": ("", "previous", "decayed", "updated")},
 }
 
 
@@ -318,6 +321,13 @@ def verify(program: Program) -> Program:
                 need(a[0] == ("T", "1") and op.dims == ("T", "T"), "maps (T, 1) to (T, T)")
             case "between_grad":
                 need(a[0] == ("T", "T") and op.dims == ("T", "1"), "maps (T, T) to (T, 1)")
+            case "scan" | "scan_grad":
+                pairs = [("T", "K"), ("T", "V")] * op.attr("writes")
+                wanted = [("T", "K")] * bool(op.attr("at")) + [*pairs, ("K", "V"), ("T", "1")]
+                result = ("T", "V") if op.attr("at") else ("K", "V")
+                need(a[: len(wanted)] == wanted, "operands are a query (with `at`), keys and values, the memory, which rows are")
+                need(op.kind == "scan" or a[-1] == result, "the last operand is the cotangent")
+                need(op.dims == (result if op.kind == "scan" else a[op.attr("wrt")]), "result has the wrong dimensions")
             case "form" | "form_gate":
                 given = "PXY".replace(op.attr("wrt"), "") if op.kind == "form" else "PXY"
                 wide = a[-1]
@@ -355,6 +365,14 @@ def prune(program: Program) -> Program:
     return Program(program.name, ops, carries, tuple((n, new[i]) for n, i in program.outputs))
 
 
+def scanned(op: Op) -> tuple[int | None, tuple[int, ...], int, int, tuple[int, ...]]:
+    """The operands of a `scan`: the query, keys and values in turn, the memory, which rows there are, what `log` is of."""
+    first = int(bool(op.attr("at")))
+    last = first + 2 * op.attr("writes")
+    fields = op.args[last + 2 : len(op.args) - (op.kind != "scan")]
+    return op.args[0] if first else None, op.args[first:last], op.args[last], op.args[last + 1], fields
+
+
 _OP = re.compile(r"%(\d+): \((\w),(\w)\) = (\w+)\(((?:%\d+(?:, ?%\d+)*)?)\)(?:\{(.*)\})?$")
 _ATOM = re.compile(r"(\w+)=(.*)")
 _SAFE = re.compile(r"[\w\s.+\-*/(),]*$")
@@ -390,7 +408,7 @@ def _parse_attrs(text: str, line: str) -> tuple[tuple[str, Any], ...]:
         if not m:
             raise LsmIRError(f"cannot read the attribute {part!r} in\n    {line}")
         value: Any = {"True": True, "False": False}.get(m[2], int(m[2]) if m[2].isdigit() else m[2])
-        out.append((m[1], value))
+        out.append((m[1], parse_expr(m[2], line) if m[1] == "log" else value))
     return tuple(out)
 
 

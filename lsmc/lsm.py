@@ -27,7 +27,7 @@ from lsmc.errors import (
     Where,
     here,
 )
-from lsmc.expr import MEMORIES, Field, Sum, inputs_of, show
+from lsmc.expr import MEMORIES, Field, Sum, dims_of, inputs_of, show
 from lsmc.terms import M, Operator, Term, _short, check_name, q
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ class LSM:
     decay        Identity(), Constant, Scalar, Vector, Matrix, or a product of them
     update       a (K, V) term added to the decayed memory: sums of outer(key, value), values possibly with
     reads ``k @ M``
+    momentum     Constant or Scalar: the update goes through an accumulator, P_s = e^μ P_{s-1} + update, M_s = D_s(M_{s-1})
+                 + P_s; the state is the pair (M, P)
     recurrence   instead of `update`, the whole right-hand side: ``(eye - beta * outer(k, k)) @ M.decayed +
     beta * outer(k, v)``
     readout      a term over V; default ``q @ M``.  ``q @ M.previous`` reads before the update,
@@ -69,6 +71,7 @@ class LSM:
     _content: tuple[object, ...]
     name: str
     decay: Decay
+    momentum: Decay | None
     update: sympy.Expr
     readout: sympy.Expr
     where: Where | None
@@ -80,6 +83,7 @@ class LSM:
         name: str,
         *,
         decay: Decay = _IDENTITY,
+        momentum: Decay | None = None,
         update: Term | None = None,
         recurrence: Term | None = None,
         readout: Term | None = None,
@@ -98,11 +102,13 @@ class LSM:
                 "give either update= (what is added to the decayed memory) or recurrence= (all of M_s)", where=where,
                 help="LSM(name, decay=…, update=outer(k, v))",
             )  # fmt: skip
+        if momentum is not None:
+            _check_momentum(momentum, recurrence is not None, where)
         whole = recurrence is not None
         body = _term(recurrence if whole else update, "recurrence" if whole else "update", where)
         out = _term(q @ M if readout is None else readout, "readout", where)
-        content = (name, decay, body.expr, whole, out.expr)
-        for key, value in (("name", name), ("decay", decay), ("update", body.expr), ("readout", out.expr),
+        content = (name, decay, momentum, body.expr, whole, out.expr)
+        for key, value in (("name", name), ("decay", decay), ("momentum", momentum), ("update", body.expr), ("readout", out.expr),
                            ("is_recurrence", whole), ("where", where), ("_content", content)):  # fmt: skip
             object.__setattr__(self, key, value)
         _check_names(self._terms(), where)
@@ -112,11 +118,9 @@ class LSM:
         _DECLARED[self.key] = self
 
     def _terms(self) -> list[tuple[str, sympy.Expr]]:
-        decays = [
-            ("decay", part)
-            for part in (self.decay.log_k, self.decay.log_v, self.decay.log_kv)
-            if part is not None
-        ]
+        decays = [("decay", part) for part in self.decay.parts if part is not None]
+        if self.momentum is not None:
+            decays.append(("momentum", self.momentum.log_k))
         return [
             *decays,
             ("recurrence" if self.is_recurrence else "update", self.update),
@@ -130,8 +134,9 @@ class LSM:
     def canonical(self) -> Canonical:
         """Read, correct, write, decay: the same for all writings of a method (see `lsmc.canonical`)."""
         made: Canonical = importlib.import_module("lsmc.canonical").canonicalise(
-            self.name, (self.decay.log_k, self.decay.log_v, self.decay.log_kv), self.update, self.readout,
-            dict(self.decay.defaults), recurrence=self.is_recurrence, where=self.where,
+            self.name, self.decay.parts, self.update, self.readout,
+            {**self.decay.defaults, **(self.momentum.defaults if self.momentum else {})}, recurrence=self.is_recurrence,
+            momentum=self.momentum.log_k if self.momentum else None, where=self.where,
         )  # fmt: skip
         return made
 
@@ -157,12 +162,13 @@ class LSM:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self.name, self.decay, self.update, self.is_recurrence, self.readout)
+        return _rebuild, (self.name, self.decay, self.momentum, self.update, self.is_recurrence, self.readout)
 
     def __repr__(self) -> str:
         word = "recurrence" if self.is_recurrence else "update"
         tail = "" if self.readout == (q @ M).expr else f", readout={show(self.readout)}"
-        return f'LSM("{self.name}", decay={self.decay!r}, {word}={show(self.update)}{tail})'
+        through = "" if self.momentum is None else f"momentum={self.momentum!r}, "
+        return f'LSM("{self.name}", decay={self.decay!r}, {through}{word}={show(self.update)}{tail})'
 
     def __call__(self, **inputs: Any) -> Any:
         """The operator: ``o`` or, with return_final_state=True, ``(o, state)``; see `lsmc.api.call`."""
@@ -173,9 +179,24 @@ class LSM:
         return _engine["step"](self, **inputs)
 
 
-def _rebuild(name: str, decay: Decay, update: sympy.Expr, whole: bool, readout: sympy.Expr) -> LSM:
+def _rebuild(
+    name: str, decay: Decay, momentum: Decay | None, update: sympy.Expr, whole: bool, readout: sympy.Expr
+) -> LSM:
     body = {"recurrence" if whole else "update": Term(update)}
-    return LSM(name, decay=decay, readout=Term(readout), **body)
+    return LSM(name, decay=decay, momentum=momentum, readout=Term(readout), **body)
+
+
+def _check_momentum(momentum: object, recurrence: bool, where: Where | None) -> None:
+    spot = where.at("momentum") if where else None
+    way = 'Scalar(log(scalar("eta"))) decays the accumulated update by eta'
+    if not isinstance(momentum, Decay):
+        raise LsmDeclarationError(f"momentum={_short(momentum)} is no decay type", where=spot, help=way)
+    if momentum.log_k is None or dims_of(momentum.log_k) or momentum.parts[1:] != (None, None, None):
+        raise LsmDimsError(f"momentum={momentum!r}: the accumulated update decays by one number for each head", where=spot,
+                           help=way)
+    if recurrence:
+        raise LsmDeclarationError("momentum accumulates an update, and recurrence= gives all of M_s", where=spot,
+                                  help="write update=…, and what multiplies the memory as decay=…")
 
 
 def _term(value: object, name: str, where: Where | None) -> Term:

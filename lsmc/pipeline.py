@@ -20,7 +20,7 @@ from lsmc.chunk import derive
 from lsmc.errors import LsmOptionError
 from lsmc.factors import hoist
 from lsmc.ir import Program
-from lsmc.lowering.plan import Direction, Plan, ranking
+from lsmc.lowering.plan import Direction, Plan, able, ranking
 from lsmc.lowering.tuned.store import describe
 from lsmc.schedules import CUTS, Choice, Shape, choose
 
@@ -67,11 +67,12 @@ def compile_plan(canonical: Canonical, options: Options, shape: Shape = TYPICAL)
     chunk = derive(canonical, options.scale)
     forward = _log("chunk", hoist(chunk))
     backward = _log("backward", hoist(differentiate(chunk)))
+    target = able(options.target, chunk)
     cuts = tuple(CUTS[n] for n in CUTS if options.schedule in (None, n))
 
     def direction(program: Program, stage: str) -> Direction:
-        choice: Choice = _log(stage, choose(program, cuts, shape, rank=ranking(options.target)))
-        return Direction(program, choice, options.target)
+        choice: Choice = _log(stage, choose(program, cuts, shape, rank=ranking(target)))
+        return Direction(program, choice, target)
 
     return Plan(canonical.name, options.chunk, direction(forward, "schedule"), direction(backward, "backward_schedule"))
 

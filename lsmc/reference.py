@@ -48,8 +48,8 @@ class reference:
     `dtype` is float64.
 
     ``(**inputs, initial_state=None, return_final_state=False, cu_seqlens=None, scale=1.0)`` gives o (B, T,
-    HV, V), or (o, state) with state (N, HV, K, V), or (M, Z) with a normaliser Z (N, HV, K).  Raises what
-    `lsmc.inputs.bind` raises.
+    HV, V), or (o, state) with state (N, HV, K, V) or the tuple of `Canonical.states`.  Raises what `lsmc.inputs.bind`
+    raises.
     """
 
     def __init__(self, declaration: LSM | Canonical, dtype: torch.dtype = torch.float64) -> None:
@@ -74,38 +74,33 @@ class reference:
         like = next(iter(tensors.values()))
         values = {symbol: _spread(tensors[symbol.name].to(self.dtype), symbol, sizes) for symbol in c.inputs}
         values = {symbol: value * scale if symbol.name == "q" else value for symbol, value in values.items()}
-        if initial_state is None:
-            M = torch.zeros(sizes.N, sizes.HV, sizes.K, sizes.V, dtype=self.dtype, device=like.device)
-            Z = torch.zeros(sizes.N, sizes.HV, sizes.K, 1, dtype=self.dtype, device=like.device)
-        else:
-            states = initial_state if isinstance(initial_state, tuple | list) else (initial_state,)
-            M = states[0].to(self.dtype)
-            Z = (
-                states[1].to(self.dtype)[..., None]
-                if c.normalizer
-                else M.new_zeros(sizes.N, sizes.HV, sizes.K, 1)
-            )
+        given = initial_state if isinstance(initial_state, tuple | list) else (initial_state,) * len(c.states)
+        states: list[Tensor] = []
+        for field, value in zip(c.states, given, strict=True):
+            shape = (sizes.N, sizes.HV, sizes.K, sizes.V if "V" in field.dims else 1)
+            states.append(like.new_zeros(shape, dtype=self.dtype) if value is None else value.to(self.dtype).reshape(shape))
         if cu_seqlens is None:
-            o, M, Z = self._run(values, M, Z, sizes)
+            o, states = self._run(values, states, sizes)
         else:
             ends, parts = cu_seqlens.tolist(), []
             for n, (start, stop) in enumerate(zip(ends, ends[1:], strict=False)):
                 piece = {s: x[:, start:stop] if s.per == "token" else x for s, x in values.items()}
-                parts.append(
-                    self._run(piece, M[n : n + 1], Z[n : n + 1], Sizes(**{**vars(sizes), "T": stop - start}))
-                )
-            o = torch.cat([part[0] for part in parts], 1) if parts else M.new_zeros(1, 0, sizes.HV, sizes.V)
-            M, Z = (torch.cat([part[i] for part in parts]) if parts else (M, Z)[i - 1] for i in (1, 2))
+                alone = Sizes(**{**vars(sizes), "T": stop - start})
+                parts.append(self._run(piece, [x[n : n + 1] for x in states], alone))
+            o = torch.cat([part[0] for part in parts], 1) if parts else like.new_zeros(1, 0, sizes.HV, sizes.V, dtype=self.dtype)
+            states = [torch.cat(one) for one in zip(*(part[1] for part in parts), strict=True)] if parts else states
         if not return_final_state:
             return o
-        return (o, (M, Z[..., 0])) if c.normalizer else (o, M)
+        final = tuple(x if "V" in field.dims else x[..., 0] for field, x in zip(c.states, states, strict=True))
+        return o, final if len(final) > 1 else final[0]
 
-    def _run(
-        self, values: dict[Field, Tensor], M: Tensor, Z: Tensor, sizes: Sizes
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """All tokens of `values` (layout (B, T, HV, K or 1, V or 1)) from the memories M (B, HV, K, V) and
-        Z (B, HV, K, 1)."""
+    def _run(self, values: dict[Field, Tensor], states: list[Tensor], sizes: Sizes) -> tuple[Tensor, list[Tensor]]:
+        """All tokens of `values` (layout (B, T, HV, K or 1, V or 1)) from the memories (B, HV, K, V or 1)."""
         c = self.canonical
+        memory = {field.name: x for field, x in zip(c.states, states, strict=True)}
+        M, P, Z = memory["M"], memory.get("P"), memory.get("Z")
+        if c.phase is not None:
+            M = torch.complex(M, memory["I"])
         all_tokens = _Evaluator(values, sizes, self.dtype, M.device)
 
         def over_tokens(expr: sympy.Expr) -> list[Tensor]:
@@ -114,8 +109,12 @@ class reference:
             # unbind, not indexing: its backward stacks once instead of adding T zero-padded slices
             return list(value.expand(value.shape[0], sizes.T, *value.shape[2:]).unbind(1))
 
-        decays = [over_tokens(part) for part in (c.decay_k, c.decay_v, c.decay_kv) if part is not None]
-        decay_z = over_tokens(c.decay_k) if c.decay_k is not None else None
+        def factors(*logs: sympy.Expr | None) -> list[list[Tensor]]:
+            return [[x.exp() for x in over_tokens(part)] for part in logs if part is not None]
+
+        decays, decay_z, momentum = factors(c.decay_k, c.decay_v, c.decay_kv), factors(c.decay_k), factors(c.momentum)
+        if c.phase is not None:
+            decays.append([torch.complex(x.cos(), x.sin()) for x in over_tokens(c.phase)])
         keys_r = [over_tokens(read.key) for read in c.reads]
         keys_w = [over_tokens(write.key) for write in c.writes]
         keys_y = [over_tokens(query.key) for query in c.queries]
@@ -130,43 +129,57 @@ class reference:
 
         found: list[list[Tensor]] = [[] for _ in c.queries]
         for t in range(sizes.T):
-            M, at_M = self._step(t, M, decays, keys_r, keys_w, tokens, sizes)
+            M, P, at_M = self._step(t, M, P, decays, momentum, keys_r, keys_w, tokens, sizes)
             at = {"M": at_M}
-            if c.normalizer:
-                Z, at["Z"] = self._step(t, Z, [decay_z] if decay_z else [], keys_r, keys_w, ones, sizes)
+            if Z is not None:
+                Z, _, at["Z"] = self._step(t, Z, None, decay_z, [], keys_r, keys_w, ones, sizes)
             for query, keys, into in zip(c.queries, keys_y, found, strict=True):
                 into.append((keys[t] * at[query.of][query.at]).sum(-2, keepdim=True))
+        after = {"M": M.real, "I": M.imag} if c.phase is not None else {"M": M}
+        after |= {name: x for name, x in (("P", P), ("Z", Z)) if x is not None}
+        states = [after[field.name] for field in c.states]
         if sizes.T == 0:
-            return M.new_zeros(sizes.B, 0, sizes.HV, sizes.V), M, Z
+            return states[0].new_zeros(sizes.B, 0, sizes.HV, sizes.V), states
         queries = {query.symbol: torch.stack(into, 1) for query, into in zip(c.queries, found, strict=True)}
         o = _Evaluator({**values, **queries}, sizes, self.dtype, M.device)(c.output)
-        return o.expand(sizes.B, sizes.T, sizes.HV, 1, sizes.V).squeeze(-2), M, Z
+        return o.expand(sizes.B, sizes.T, sizes.HV, 1, sizes.V).squeeze(-2), states
 
     def _step(
         self,
         t: int,
         M: Tensor,
+        P: Tensor | None,
         decays: list[list[Tensor]],
+        momentum: list[list[Tensor]],
         keys_r: list[list[Tensor]],
         keys_w: list[list[Tensor]],
         tokens: dict[Field, tuple[Tensor, ...]],
         sizes: Sizes,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """One step of one memory: M_s, and the memory before the decay, after it and after the write."""
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """One step of one memory: M_s and its accumulator P_s, and the memory before the decay, after it and after the
+        write (of a complex memory, the real part)."""
         c = self.canonical
-        at = {"previous": M}
-        for log_decay in decays:
-            M = M * log_decay[t].exp()
-        at["decayed"] = M
+        at = {"previous": _real(M)}
+        for factor in decays:
+            M = M * factor[t]
+        at["decayed"] = _real(M)
         read = {
             r.symbol: (key[t] * at[r.at]).sum(-2, keepdim=True)
             for r, key in zip(c.reads, keys_r, strict=True)
         }
         one_token = _Evaluator({**{s: x[t] for s, x in tokens.items()}, **read}, sizes, self.dtype, M.device)
-        for write, key in zip(c.writes, keys_w, strict=True):
-            M = M + key[t] * one_token(write.value)
-        at["updated"] = M
-        return M, at
+        written = [key[t] * one_token(write.value) for write, key in zip(c.writes, keys_w, strict=True)]
+        if P is not None:
+            P = sum(written, P * momentum[0][t])
+            M = M + P
+        else:
+            M = sum(written, M)
+        at["updated"] = _real(M)
+        return M, P, at
+
+
+def _real(x: Tensor) -> Tensor:
+    return x.real if x.is_complex() else x
 
 
 def _spread(x: Tensor, symbol: Field, sizes: Sizes) -> Tensor:

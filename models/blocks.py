@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lsmc.models.configs import ModelConfig
+from lsmc.reference import _numeric
 from lsmc.resolve import resolve
 
 
@@ -115,8 +116,9 @@ def canonical_of(declaration: Any) -> Any:
 def _signs(decay: sympy.Expr, symbols: list[Any]) -> dict[str, int]:
     """The least that the inputs of a log decay must satisfy so that it never exceeds zero.
 
-    ``g`` gives ``g ≤ 0``; ``A · dt`` gives ``A ≤ 0 ≤ dt``; ``-exp(A) · softplus(dt)`` gives nothing. Signs
-    are tried from no restriction upwards, per-head inputs negative before per-token ones.
+    ``g`` gives ``g ≤ 0``; ``A · dt`` gives ``A ≤ 0 ≤ dt``; ``-exp(A) · softplus(dt)`` gives nothing, nor does ``log(a)``,
+    whose a is in (0, 1), as any strength is. Signs are tried from no restriction upwards, per-head inputs negative before
+    per-token ones.
     """
     symbols = sorted(symbols, key=lambda s: (s.per != "head", s.name))
     assumptions = {0: {"real": True}, -1: {"nonpositive": True}, +1: {"nonnegative": True}}
@@ -127,6 +129,8 @@ def _signs(decay: sympy.Expr, symbols: list[Any]) -> dict[str, int]:
         )
         if replaced.is_nonpositive:
             return {s.name: c for s, c in zip(symbols, signs)}
+    if all(_numeric(decay.subs(dict.fromkeys(symbols, x))) <= 0 for x in (0.1, 0.5, 0.9)):
+        return {}  # anything in (0, 1), as the strengths are
     return {s.name: -1 for s in symbols}
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from hypothesis import strategies as st
 
 import lsmc
-from lsmc import LSM, Constant, Identity, M, Scalar, Vector, k, outer, q, scalar, v, vector
+from lsmc import LSM, Constant, Identity, M, Rotation, Scalar, Vector, k, outer, q, scalar, v, vector
 from lsmc.decays import Decay
 from lsmc.terms import Term
 
@@ -21,6 +21,8 @@ DECAYS: dict[str, Callable[[], Decay]] = {
     "vector of an expression": lambda: Vector(lsmc.logsigmoid(vector("f"))),
     "vector per head": lambda: Vector(vector("g", per="head")),
     "scalar times vector": lambda: Scalar("f") * Vector("g"),
+    "rotation": lambda: Rotation("theta"),
+    "rotation beside a vector": lambda: Vector("g") * Rotation("theta"),
     "vector over V": lambda: Vector("g", over="V"),
     "two-sided": lambda: Vector("g") * Vector("h", over="V"),
     "scalar times vector over V": lambda: Scalar("f") * Vector("h", over="V"),
@@ -28,6 +30,13 @@ DECAYS: dict[str, Callable[[], Decay]] = {
 """What the memory forgets. The last three decay along V and cannot be read by an update."""
 
 OVER_V = ("vector over V", "two-sided", "scalar times vector over V")
+
+ROTATING = ("rotation", "rotation beside a vector")
+
+MOMENTA: dict[str, Callable[[], Decay | None]] = {"none": lambda: None, "momentum": lambda: Scalar("m") * Constant("log_m", default=-0.7)}
+"""What is accumulated before it is written; beside decays by one number for each head."""
+
+PLAIN = ("none", "constant", "scalar", "scalar of an expression")
 
 OTHER = 1 / 16
 """Weight of a correction that is written at another key than it was read at: I − w kᵀa does not contract, and T tokens
@@ -86,6 +95,7 @@ class Drawn:
     query: str
     value: str
     readout: str
+    momentum: str = "none"
 
     def declaration(self) -> LSM:
         key = MAPS[self.key](k)
@@ -95,6 +105,7 @@ class Drawn:
         return LSM(
             "drawn",
             decay=DECAYS[self.decay](),
+            momentum=MOMENTA[self.momentum](),
             update=VALUES[self.value](write, key),
             readout=READOUTS[self.readout](MAPS[self.query](q), key),
         )
@@ -116,7 +127,9 @@ def declarations(draw: st.DrawFn) -> Drawn:
     """Choices that make a declaration with a chunk form that is not in the zoo."""
     decay = draw(st.sampled_from(list(DECAYS)))
     read = "none" if decay in OVER_V else draw(st.sampled_from(list(READS)))
-    readout = draw(st.sampled_from([r for r in READOUTS if r != "normaliser" or (read == "none" and decay not in OVER_V)]))
+    momentum = draw(st.sampled_from(list(MOMENTA))) if decay in PLAIN else "none"
+    alone = read == momentum == "none" and decay not in (*OVER_V, *ROTATING)
+    readout = draw(st.sampled_from([r for r in READOUTS if r != "normaliser" or alone]))
     maps = POSITIVE if readout == "normaliser" else tuple(MAPS)
     values = [name for name in VALUES if readout != "normaliser" or "write" not in name]
     made = Drawn(
@@ -126,6 +139,7 @@ def declarations(draw: st.DrawFn) -> Drawn:
         query=draw(st.sampled_from(maps)),
         value=draw(st.sampled_from(values)),
         readout=readout,
+        momentum=momentum,
     )
     if made.key == made.query == "plain" and body(made.declaration()) in _ZOO:
         made = Drawn(**{**vars(made), "key": "silu"})

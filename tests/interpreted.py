@@ -120,9 +120,9 @@ def evaluate(op: Any, given: Sample, case: Case, leaves: list[Tensor], inputs: d
     """Outputs and gradients by name."""
     o, end = op(**inputs, initial_state=state, return_final_state=True, scale=given.scale, **options)
     outputs = [o.double(), *(x.double() for x in tensors(end))]
-    names = [*inputs, *["the state", "the normaliser"][: len(tensors(state))]]
+    names = [*inputs, *(f"state {n}" for n in range(len(tensors(state))))]
     gradients = _gradients(outputs, leaves, case.seed)
-    return ({n: x.detach() for n, x in zip(["o", "the final state", "the final normaliser"], outputs)},
+    return ({n: x.detach() for n, x in zip(["o", *(f"final state {n}" for n in range(len(outputs)))], outputs)},
             {f"the gradient of {n}": g.detach() for n, g in zip(names, gradients, strict=True)})
 
 
@@ -166,7 +166,7 @@ def run(job: Job) -> dict[str, float]:
 
     def bound(name: str) -> float:
         kinds = TOLERANCE[job.dtype]
-        gate = name.startswith("the gradient of") and name.split()[-1] not in ("q", "k", "v", "state", "normaliser")
+        gate = name.startswith("the gradient of") and name.split()[3] not in ("q", "k", "v", "state")
         kind = "the gradient of gate" if gate else "the gradient of" if name.startswith("the gradient of") else ""
         return kinds.get(kind, kinds[""])
 

@@ -17,8 +17,8 @@ from sympy.printing.str import StrPrinter
 from torch import Tensor
 
 from lsmc.functions import FUNCTIONS
-from lsmc.ir import Builder, Carry, Dims, Op, Program, operand
-from lsmc.lowering.backends import aten_carry, aten_tiles
+from lsmc.ir import Builder, Carry, Dims, Op, Program, operand, scanned
+from lsmc.lowering.backends import aten_carry, aten_scan, aten_tiles
 from lsmc.lowering.backends.aten_rewrites import Move, move, rewrite
 from lsmc.schedules import Schedule
 
@@ -95,8 +95,8 @@ class Compiled:
     def function(self) -> Callable[..., dict[str, Tensor]]:
         name = f"<lsmc aten {self.program.name} {self.hash}>"
         linecache.cache[name] = (len(self.source), None, self.source.splitlines(True), name)
-        scope: dict[str, object] = {"torch": torch, "carry": aten_carry.carry, **{n: getattr(aten_tiles, n) for n in (
-            "cumsum", "shift", "mask", "between", "crossing", "inverse", "add", "down", "far", "form", "form_grads")}}
+        scope: dict[str, object] = {"torch": torch, "carry": aten_carry.carry, "together": aten_carry.together,
+                                    **aten_tiles.NAMES, **aten_scan.NAMES}
         exec(compile(self.source, name, "exec"), scope)
         return scope["run"]  # type: ignore[return-value]
 
@@ -118,7 +118,7 @@ class Compiled:
             x = inputs[op.attr("name")].to(dtype)
             x = x[..., None] if op.dims[1] == "1" else x
             if op.attr("role") == "head":
-                tiles[op.attr("name")] = x[None, None, :, None, :]
+                tiles[op.attr("name")] = x[None, None] if op.dims[0] == "K" else x[None, None, :, None, :]
                 continue
             if x.shape[2] != heads:
                 x = x.repeat_interleave(heads // x.shape[2], dim=2)
@@ -138,7 +138,7 @@ class Compiled:
             tile = full(raw[name])
             if c == "1":  # before tokens are cut off: a tracer asks of 4 dimensions whether any T makes them contiguous
                 tile = tile.squeeze(-1)
-            outputs[name] = grid.untile(tile) if r == "T" else tile.sum((0, 1)).squeeze(1)
+            outputs[name] = grid.untile(tile) if r == "T" else tile.sum((0, 1)) if r == "K" else tile.sum((0, 1)).squeeze(1)
         ends = {c.name: raw[f"end_{c.name}"] for c in self.program.carries if f"end_{c.name}" in raw}
         return outputs, ends
 
@@ -147,11 +147,16 @@ def _emit(program: Program, schedule: Schedule) -> str:
     """The source of `run(tiles, start, grid, size, unit, full)`: statements in the schedule's order, values shared."""
     program = rewrite(program)
     b = Builder(program.ops)
-    order: list[int | tuple[Carry, Move]] = []
+    order: list[int | tuple[Carry, Move] | tuple[Carry, ...]] = []
     carried = {c.name: c for c in program.carries}
     results = dict(program.outputs)
     for kernel in schedule.kernels:
-        order += [(carried[name], move(b, program, carried[name])) for name in kernel.carries]
+        carries = tuple(carried[name] for name in kernel.carries)
+        apart = [c for c in carries if not _scanned(program, c) and not any(c in _needed_by(program, d, carries) for d in carries)
+                 and not _needed_by(program, c, carries)]
+        order += [(c, move(b, program, c)) for c in apart]
+        if bound := tuple(c for c in carries if c not in apart):
+            order.append(bound)
         order += [results[name] for name in results if name in kernel.stores]
     whole = Program(program.name, tuple(b.ops), program.carries, program.outputs)
     done = {c.inp for c in program.carries}
@@ -165,6 +170,15 @@ def _emit(program: Program, schedule: Schedule) -> str:
     for item in order:
         if isinstance(item, int):
             compute([item])
+            continue
+        if isinstance(item[-1], Carry):
+            steps, values = _step(whole, item, done)
+            compute(values)
+            targets = ", ".join([*(f"v{c.inp}" for c in item), *(f"end_{c.name}" for c in item)])
+            starts = ", ".join(f"start[{c.name!r}]" for c in item)
+            statements.append((targets, f"together([{', '.join(f'full(v{v})' for v in values)}], [{starts}], "
+                               f"grid.{'reset_reverse' if item[0].reverse else 'reset_forward'}, {item[0].reverse}, "
+                               f"[size['T'], size['K'], size['V']], {steps!r})", values))
             continue
         memory, how = item
         values = tuple(v for v in how.parts if v is not None)
@@ -185,8 +199,60 @@ def _emit(program: Program, schedule: Schedule) -> str:
         if dead:
             lines.append(f"    del {', '.join(dead)}")
     out = [f"{n!r}: v{i}" for n, i in results.items()]
-    out += [f"'end_{memory.name}': end_{memory.name}" for item in order if not isinstance(item, int) for memory in item[:1]]
+    out += [f"'end_{c.name}': end_{c.name}" for item in order if not isinstance(item, int) for c in item if isinstance(c, Carry)]
     return "\n".join([*lines, f"    return {{{', '.join(out)}}}", ""])
+
+
+def _needed_by(program: Program, carry: Carry, carries: Iterable[Carry]) -> set[Carry]:
+    """The other memories that one chunk's step of `carry` depends on."""
+    needed = {op.id for op in program.ancestors([carry.out])}
+    return {c for c in carries if c is not carry and c.inp in needed}
+
+
+def _scanned(program: Program, carry: Carry) -> bool:
+    """Whether the memory moves token by token inside a chunk."""
+    inside = program.ancestors([carry.out], [carry.inp])
+    moved = {carry.inp}
+    for op in inside:
+        if moved & set(op.args):
+            moved.add(op.id)
+    return any(op.id in moved and op.kind in ("scan", "scan_grads") for op in inside)
+
+
+def _step(program: Program, carries: tuple[Carry, ...], done: set[int]) -> tuple[str, tuple[int, ...]]:
+    """The source of one chunk's step of memories that depend on each other, and the values that it takes."""
+    memories = {c.inp for c in carries}
+    moved = set(memories)
+    for op in program.ops:
+        if moved & set(op.args):
+            moved.add(op.id)
+    known = done - memories | {op.id for op in program.ops if op.id not in moved}
+    body = [op for op in program.ancestors([c.out for c in carries], known | memories) if op.id in moved]
+    values = tuple(sorted({a for op in body for a in op.args if a not in moved or a in known}
+                          | {c.out for c in carries if c.out not in moved}))
+    assert all(op.kind not in ("input", "valid") for op in body), "a memory's rows are no tokens"
+    names = [f"    {', '.join(f'v{i}' for i in ids)}, = {of}" for ids, of in (
+        ([c.inp for c in carries], "memories"), (values, "values")) if ids]
+    lines = [f"    v{op.id} = {_source(op, program.index)}" for op in body]
+    ends = f"    return [{', '.join(f'v{c.out}' for c in carries)}]"
+    return "\n".join(["def step(memories, values, size, unit):", *names, *lines, ends, ""]), values
+
+
+def _scan_source(op: Op, index: Mapping[int, Op]) -> str:
+    query, pairs, memory, rows, fields = scanned(op)
+    dims = [index[i].dims for i in fields]
+    names = [f"x{n}" for n in range(len(fields))]
+
+    def function(expr: sympy.Expr) -> str:
+        return f"lambda {', '.join(names)}: {expression(expr, names, dims)}"
+
+    log = op.attr("log")
+    args = ["None" if query is None else f"v{query}", f"[{', '.join(f'v{i}' for i in pairs)}]", f"v{memory}", f"v{rows}",
+            f"[{', '.join(f'v{i}' for i in fields)}]", *([f"v{op.args[-1]}"] if op.kind == "scan_grads" else []),
+            repr(op.attr("at")), repr(" ".join("".join(d) for d in dims)), repr(function(log))]
+    if op.kind == "scan_grads":
+        args.append(repr("\n".join(function(sympy.diff(log, operand(n))) for n in range(len(fields)))))
+    return f"{op.kind}({', '.join(args)})"
 
 
 def _source(op: Op, index: Mapping[int, Op]) -> str:
@@ -214,6 +280,8 @@ def _source(op: Op, index: Mapping[int, Op]) -> str:
             return f"form_grads({', '.join(a)}, {op.attr('strict')}, {op.attr('before')})"
         case "item":
             return f"{a[0]}[{op.attr('place')}]"
+        case "scan" | "scan_grads":
+            return _scan_source(op, index)
         case "cumsum":
             return f"cumsum({a[0]}, reverse={op.attr('reverse')})"
         case "shift" | "mask" | "between" | "crossing" | "inverse" | "down" | "far":

@@ -1,14 +1,19 @@
 """How memories move from chunk to chunk on ATen: one short scan over the chunks, of all sequences and heads at once.
 
 Chunks come first in every tensor, so that each step reads and writes numbers that lie together, in their final place.
+Memories that depend on each other go together, each chunk running the operations between them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from lsmc.lowering.backends import aten_scan, aten_tiles
 
 
 @torch.library.custom_op("lsmc::carry", mutates_args=())
@@ -47,6 +52,51 @@ def _(scale: Tensor | None, transition: Tensor | None, constant: Tensor | None, 
     return (start.new_empty((n, b, h, *start.shape[2:])),
             torch.empty_like(start, memory_format=torch.contiguous_format),
             start.new_empty((n, b, h, left.shape[-1] if left is not None else 0, start.shape[-1])))
+
+
+@torch.library.custom_op("lsmc::together", mutates_args=())
+def together(values: Sequence[Tensor], starts: Sequence[Tensor], reset: Tensor | None, reverse: bool, sizes: Sequence[int],
+             source: str) -> list[Tensor]:
+    """The memories that reach each chunk, then the last ones, of memories that one chunk moves by `source`.
+
+    source: of ``step(memories, values, size, unit)``, which gives the memories after a chunk; values: (N, B, H, …), of
+    which a chunk sees its own, (1, B, H, …); starts: (B, H, K, V); sizes: of T, K and V → each (N, B, H, K, V), then each
+    (B, H, K, V). Packed sequences as in `carry`.
+    """
+    (n, b, h), step = values[0].shape[:3], _step_of(source)
+    size, unit = {"1": 1, **dict(zip("TKV", sizes, strict=True))}, starts[0].new_ones((1,) * 5)
+    states = [s.new_zeros((n, b, h, *s.shape[2:])) for s in starts]
+    memories, ends = [s[None] for s in starts], [s.clone(memory_format=torch.contiguous_format) for s in starts]
+    owners = None if reset is None else reset.tolist()
+    owner = None if reset is not None else slice(None)
+    for i in range(n)[::-1] if reverse else range(n):
+        if owners is not None and owners[i] >= 0:
+            owner = slice(owners[i], owners[i] + 1)
+            memories = [s[None, owner] for s in starts]
+        if owner is None:  # of no sequence
+            continue
+        for state, memory in zip(states, memories, strict=True):
+            state[i : i + 1] = memory
+        memories = step(memories, [x[i : i + 1] for x in values], size, unit)
+        for end, memory in zip(ends, memories, strict=True):
+            end[owner] = memory[0]
+    return [*states, *ends]
+
+
+@together.register_fake
+def _(values: Sequence[Tensor], starts: Sequence[Tensor], reset: Tensor | None, reverse: bool, sizes: Sequence[int],
+      source: str) -> list[Tensor]:
+    n, b, h = values[0].shape[:3]
+    states = [s.new_empty((n, b, h, *s.shape[2:])) for s in starts]
+    return [*states, *(torch.empty_like(s, memory_format=torch.contiguous_format) for s in starts)]
+
+
+@cache
+def _step_of(source: str) -> Callable[..., list[Tensor]]:
+    scope: dict[str, Any] = {"torch": torch, **aten_tiles.NAMES, **aten_scan.NAMES}
+    exec(source, scope)
+    step: Callable[..., list[Tensor]] = scope["step"]
+    return step
 
 
 def _scan(parts: Sequence[Sequence[Tensor] | None], start: Tensor, states: Tensor, xs: Tensor, order: range,

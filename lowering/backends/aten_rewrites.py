@@ -12,7 +12,7 @@ import sympy
 
 from lsmc import affine
 from lsmc.affine import Affine
-from lsmc.ir import Builder, Carry, Dims, LsmIRError, Op, Program, operand
+from lsmc.ir import Builder, Carry, Dims, LsmIRError, Op, Program, operand, scanned
 
 Factor = tuple[int, bool]
 """A matrix and whether it is transposed."""
@@ -137,6 +137,12 @@ def rewrite(program: Program) -> Program:
             products = {((new[x], bool(o.attr("ta"))), (new[y], bool(o.attr("tb")))) for o in program.ops if o.kind == "matmul"
                         for x, y in [o.args] if x in new and y in new}
             new[op.id] = b.sum(b.turned(args[0], products), 1)
+        elif op.kind == "scan_grad":
+            place = op.attr("wrt")
+            attrs = {key: value for key, value in op.attrs if key != "wrt"}
+            everything = b.emit("scan_grads", ("1", "1"), *args, **attrs)
+            rows = scanned(op)[3]
+            new[op.id] = b.emit("item", op.dims, everything, place=place - (place > op.args.index(rows)))
         elif op.kind == "between" and op.attr("strict"):
             both = b.emit("between", op.dims, *args, strict=False, before=op.attr("before"))
             new[op.id] = b.mask(both, strict=True)

@@ -10,6 +10,7 @@ product of operands scaled by factors ≤ 1, and sums stay short. Which way an e
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -344,3 +345,10 @@ class Packed(Dense):
 
     def untile(self, x: Tensor) -> Tensor:
         return self._rows(x)[:, self.place]
+
+
+NAMES: dict[str, Callable[..., object]] = {
+    "cumsum": cumsum, "shift": shift, "mask": mask, "between": between, "crossing": crossing, "inverse": inverse, "add": add,
+    "down": down, "far": far, "form": form, "form_grads": form_grads,
+}
+"""What generated source calls."""

@@ -72,10 +72,13 @@ def emit(program: Program, schedule: Schedule) -> tuple[str, tuple[Emitted, ...]
     flagged = False
     cut = pieces(program, schedule)
     made = {i for p in cut for i in p.makes}
-    for p in (replace(p, known=p.known & made) for p in cut):
+    every = [replace(p, known=p.known & made) for p in cut]
+    for n, p in enumerate(every):
         writers = [_Writer(program, p)]
         if writers[0].decays and not p.kernel.carries and (p.makes or flagged):
-            writers = [_Writer(program, p, "first" if p.makes else "fast"), _Writer(program, p, "slow")]
+            later = {i for q in every[n + 1:] if not q.kernel.carries for i in _Writer(program, q).decays}
+            first = _Writer(program, p, "first", later=later) if p.makes else _Writer(program, p, "fast")
+            writers = [first, _Writer(program, p, "slow")]
             flagged = True
         parts += [w.run() for w in writers]
     head = ['"""Generated from:', "", *str(program).replace("\\", "").splitlines(), "", *str(schedule).splitlines(), '"""', "",
@@ -140,23 +143,24 @@ class _Writer:
 
     Decay forms are one product where the decays of a chunk are mild, as they mostly are, and a series of halvings else.
     A chunks kernel with forms is therefore written twice: `fast` does the mild chunks, `slow` the others, one program
-    for each sequence, which mostly ends at once. The `first` of them finds out and leaves flags. Other kernels (how = "")
-    decide inside.
+    for each sequence, which mostly ends at once. The `first` of them finds out, for its own decays and those that `later`
+    ones have, and leaves flags. Other kernels (how = "") decide inside.
     """
 
-    def __init__(self, program: Program, piece: Piece, how: str = "", origin: dict[int, int] | None = None) -> None:
+    def __init__(self, program: Program, piece: Piece, how: str = "", origin: dict[int, int] | None = None,
+                 later: Iterable[int] = ()) -> None:
         self.program, self.piece, self.kernel, self.split, self.how = program, piece, piece.kernel, piece.split, how
         self.origin: dict[int, int] = origin or {}  # of a value: its number in the program that the kernels were cut from
         self.judged: tuple[int, ...] = ()  # decays of which this kernel finds out whether they are mild
         self.name = f"{program.name}_{self.kernel.name}" + "_slow" * (how == "slow")
         ends = piece.roots(program)
-        body = program.ancestors(ends, piece.known)
+        body = program.ancestors([*ends, *later], piece.known)
         self.part = (shares(program, body, self.split) or set()) if self.split and not piece.inner else set[int]()
         self.makes = tuple(program.index[i] for i in piece.makes)
         used = {a for op in body for a in op.args} | set(ends)
         self.takes = tuple(program.index[i] for i in sorted(piece.known & used))
         self.gates = gates(program)
-        self.decays = tuple(sorted({op.args[-1] for op in body if op.kind in ("form", "form_gate")}))
+        self.decays = tuple(sorted({op.args[-1] for op in body if op.kind in ("form", "form_gate")} | set(later)))
         carried = {c.name: c for c in program.carries}
         inside = {op.id for op in body}
         self.carries = tuple(carried[n] for n in self.kernel.carries)

@@ -9,13 +9,27 @@ from lsmc.lsm import LSM
 from lsmc.zoo.bla import bla
 from lsmc.zoo.deltanet import deltanet
 from lsmc.zoo.gated_deltanet import gated_deltanet
+from lsmc.zoo.gateloop import gateloop
+from lsmc.zoo.gateloop_real import gateloop_real
+from lsmc.zoo.gfw import gfw
 from lsmc.zoo.gla import gla
+from lsmc.zoo.hgrn2 import hgrn2
 from lsmc.zoo.kda import kda
+from lsmc.zoo.lightning import lightning
+from lsmc.zoo.mamba import mamba
 from lsmc.zoo.mamba2 import mamba2
 from lsmc.zoo.retnet import retnet
 from lsmc.zoo.rwkv6 import rwkv6
+from lsmc.zoo.rwkv7 import rwkv7
+from lsmc.zoo.s4 import s4
+from lsmc.zoo.titans import titans
+from lsmc.zoo.titans_plain import titans_plain
+from lsmc.zoo.ttt import ttt
 
-METHODS: tuple[LSM, ...] = (bla, retnet, mamba2, gla, deltanet, gated_deltanet, kda, rwkv6)
+METHODS: tuple[LSM, ...] = (
+    bla, lightning, retnet, mamba2, gla, gfw, gateloop_real, gateloop, deltanet, gated_deltanet, kda, ttt, titans_plain, titans,
+    s4, mamba, hgrn2, rwkv6, rwkv7,
+)  # fmt: skip
 
 
 def names() -> tuple[str, ...]:
@@ -23,4 +37,7 @@ def names() -> tuple[str, ...]:
     return tuple(method.name for method in METHODS)
 
 
-__all__ = ["METHODS", "bla", "deltanet", "gated_deltanet", "gla", "kda", "mamba2", "names", "retnet", "rwkv6"]
+__all__ = [
+    "METHODS", "bla", "deltanet", "gated_deltanet", "gateloop", "gateloop_real", "gfw", "gla", "hgrn2", "kda", "lightning",
+    "mamba", "mamba2", "names", "retnet", "rwkv6", "rwkv7", "s4", "titans", "titans_plain", "ttt",
+]  # fmt: skip

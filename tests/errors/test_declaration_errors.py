@@ -69,6 +69,12 @@ PROGRAMS: list[tuple[str, str, type[errors.LsmError], str]] = [
     ("the next value", 'LSM("m", update=outer(k, v.next))', errors.LsmCausalityError, "v.next"),
     ("the next memory", 'LSM("m", update=outer(k, v), readout=q @ M.next)', errors.LsmCausalityError, "M.next"),
     ("the key before", 'LSM("m", update=outer(k[-1], v))', errors.LsmDelayError, "-1"),
+    ("an angle over V", 'Rotation(vector("theta", over="V"))', errors.LsmDimsError, 'vector("theta", over="V")'),
+    ("momentum by name", 'LSM("m", momentum="eta", update=outer(k, v))', errors.LsmDeclarationError, '"eta"'),
+    ("momentum over K", 'LSM("m", momentum=Vector("h"), update=outer(k, v))', errors.LsmDimsError, 'Vector("h")'),
+    ("momentum of a recurrence", 'LSM("m", momentum=Scalar("h"), recurrence=M + outer(k, v))', errors.LsmDeclarationError, 'Scalar("h")'),
+    ("scaling beside momentum", 'LSM("m", momentum=Scalar("h"), update=outer(k, v) - 0.5 * M)', errors.LsmUpdateError, "outer(k, v) - 0.5 * M"),
+    ("a normaliser beside a rotation", 'LSM("m", decay=Rotation("t"), update=outer(k, v), readout=(q @ M) / (q @ M.normalizer))', errors.LsmUpdateError, "(q @ M) / (q @ M.normalizer)"),
     ("a growing constant", "Constant(0.1)", errors.LsmDecayError, "0.1"),
     ("a growing default", 'Constant("log_a", default=0.1)', errors.LsmDecayError, "0.1"),
     ("a default that grows for some head", 'Constant("a", default=lambda n: [0.5 - h for h in range(n)])', errors.LsmDecayError, "lambda n: [0.5 - h for h in range(n)]"),
@@ -153,6 +159,10 @@ def test_a_method_that_is_not_affine_says_so_without_running() -> None:
 UNCHUNKED: list[tuple[str, type[errors.LsmError], str]] = [
     ('m = LSM("m", update=outer(k, tanh(v - k @ M)))', errors.LsmNotAffineError, "tanh"),
     ('m = LSM("m", decay=Matrix("A"), update=outer(k, v))', errors.LsmNoChunkFormError, "does not factor"),
+    ('m = LSM("m", decay=Matrix(matrix("A", per="head")), update=outer(k, v - k @ M))', errors.LsmNoChunkFormError, "is read by its own update"),
+    ('m = LSM("m", decay=Vector("g"), momentum=Scalar("h"), update=outer(k, v))', errors.LsmNoChunkFormError, "momentum beside g"),
+    ('m = LSM("m", decay=Rotation("theta"), momentum=Scalar("h"), update=outer(k, v))', errors.LsmNoChunkFormError, "momentum beside theta"),
+    ('m = LSM("m", decay=Rotation("theta") * Vector("g", over="V"), update=outer(k, v))', errors.LsmNoChunkFormError, "rotates decays along V"),
 ]
 
 

@@ -74,9 +74,9 @@ def test_derived_programs_equal_the_recurrence(drawn: Drawn, case: Case, schedul
     given_ = sample(op, case, batch=len(case.pieces) if case.cuts else None)
     wanted = outputs(reference(op), given_.inputs, given_.state, **options)
     found = outputs(op, given_.inputs, given_.state, chunk=case.chunk, schedule=schedule, **options)
-    ends = ["the output", "the final state", "the final normaliser"][: len(wanted)]
+    ends = ["the output", *(f"the final {f.name}" for f in op.canonical.states)]
     leaves = given_.leaves()
-    names = [f"the gradient of {name}" for name in [*given_.inputs, "the state", "the normaliser"][: len(leaves)]]
+    names = [f"the gradient of {name}" for name in [*given_.inputs, *(f.name for f in op.canonical.states)][: len(leaves)]]
     wanted_gradients = _gradients(wanted, leaves, case.seed)
     assert all(torch.isfinite(x).all() for x in [*wanted, *wanted_gradients])
     assume(all(float(x.detach().abs().max()) < 1e4 for x in [*wanted, *wanted_gradients] if x.numel()))  # else it diverges

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from lsmc import (
     v,
     vector,
 )
+from lsmc.cases import tensors
 from lsmc.expr import MEMORY, Field
 from lsmc.functions import FUNCTIONS
 from lsmc.inputs import Sizes
@@ -64,23 +66,35 @@ def draw(method: LSM, seed: int = 0, **sizes: int) -> dict[str, Tensor]:
     return made
 
 
+def start(method: LSM, *lead: int, draw: bool = True) -> tuple[Tensor, ...]:
+    """The memories of a method for these sequences and heads: drawn, or zero."""
+    shapes = [(*lead, *(SIZES[d] for d in f.dims)) for f in method.canonical.states]
+    return tuple((torch.randn if draw else torch.zeros)(shape, dtype=torch.float64) for shape in shapes)
+
+
+def one(states: tuple[Tensor, ...]) -> Any:
+    """A state as a call takes it and gives it: one tensor, or a tuple."""
+    return states if len(states) > 1 else states[0]
+
+
 def steps(
-    method: LSM, x: dict[str, Tensor], step: Callable[..., tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Tensor]:
+    method: LSM, x: dict[str, Tensor], step: Callable[..., tuple[Any, Tensor]]
+) -> tuple[Tensor, Any]:
     """A recurrence written by hand for one head, over all batches and heads."""
-    o, final = torch.zeros(B, T, HV, V, dtype=torch.float64), torch.zeros(B, HV, K, V, dtype=torch.float64)
+    o, finals = torch.zeros(B, T, HV, V, dtype=torch.float64), start(method, B, HV, draw=False)
     heads = {symbol.name: symbol for symbol in method.inputs}
     for b in range(B):
         for h in range(HV):
-            memory = torch.zeros(K, V, dtype=torch.float64)
+            memory = one(start(method, draw=False))
             for t in range(T):
                 now = {}
                 for name, value in x.items():
                     head = h // (HV // H) if heads[name].heads == "H" else h
                     now[name] = value[b, t, head] if heads[name].per == "token" else value[head]
                 memory, o[b, t, h] = step(memory, **now)
-            final[b, h] = memory
-    return o, final
+            for final, last in zip(finals, memory if isinstance(memory, tuple) else (memory,), strict=True):
+                final[b, h] = last
+    return o, one(finals)
 
 
 def bla(memory, q, k, v):
@@ -127,6 +141,24 @@ def rwkv7(memory, q, k, v, g, a, b):
     return memory, q @ memory
 
 
+def lightning(memory, q, k, v, log_a):
+    memory = log_a.exp() * memory + torch.outer(k, v)
+    return memory, q @ memory
+
+
+def hgrn2(memory, q, v, g):
+    forget = g.exp()
+    memory = torch.diag(forget) @ memory + torch.outer(1 - forget, v)
+    return memory, q @ memory
+
+
+def ttt(memory, q, k, v, eta):
+    at = memory.clone().requires_grad_()
+    (slope,) = torch.autograd.grad((k @ at - v).square().sum() / 2, at)
+    memory = memory - eta * slope
+    return memory, q @ memory
+
+
 def two_sided(memory, q, k, v, gk, gv):
     memory = torch.outer(gk.exp(), gv.exp()) * memory + torch.outer(k, v)
     return memory, q @ memory
@@ -153,6 +185,30 @@ def momentless(memory, q, k, v, alpha, theta):
     return (1 - alpha) * memory - theta * slope, q @ ((1 - alpha) * memory - theta * slope)
 
 
+def titans(memory, q, k, v, alpha, eta, theta):
+    memory, momentum = memory
+    at = memory.clone().requires_grad_()
+    (slope,) = torch.autograd.grad((k @ at - v).square().sum() / 2, at)
+    momentum = eta * momentum - theta * slope
+    memory = (1 - alpha) * memory + momentum
+    return (memory, momentum), q @ memory
+
+
+def gateloop(memory, q, k, v, g, theta):
+    memory = torch.complex(*memory)
+    memory = torch.diag(torch.exp(torch.complex(g, theta))) @ memory + torch.outer(k, v)
+    return (memory.real, memory.imag), (q.to(memory.dtype) @ memory).real
+
+
+def s4(memory, v, b, c, dt, A, D):
+    memory = (dt * A).exp() * memory + dt * torch.outer(b, v)
+    return memory, c @ memory + D * v
+
+
+def mamba(memory, q, k, v, dt, A, D):
+    return s4(memory, v, k, q, dt, A, D)
+
+
 def softmaxed(memory, q, k, v):
     at = memory.clone().requires_grad_()
     (slope,) = torch.autograd.grad((torch.softmax(k @ at, -1) - v).square().sum(), at)
@@ -167,14 +223,23 @@ BY_HAND: list[tuple[LSM, Callable[..., tuple[Tensor, Tensor]]]] = [
     (lsmc.zoo.gated_deltanet, gated_deltanet),
     (lsmc.zoo.kda, kda),
     (lsmc.zoo.rwkv6, rwkv6),
+    (lsmc.zoo.lightning, lightning),
+    (lsmc.zoo.hgrn2, hgrn2),
+    (lsmc.zoo.gateloop_real, gla),
+    (lsmc.zoo.rwkv7, rwkv7),
+    (lsmc.zoo.ttt, ttt),
+    (lsmc.zoo.gfw, two_sided),
+    (lsmc.zoo.titans_plain, momentless),
+    (lsmc.zoo.titans, titans),
+    (lsmc.zoo.gateloop, gateloop),
+    (lsmc.zoo.s4, s4),
+    (lsmc.zoo.mamba, mamba),
     (lsmc.zoo.deltanet, deltanet),
     (lsmc.zoo.mamba2, skip),
     (
         LSM("delta", recurrence=(eye - scalar("beta") * outer(k, k)) @ M + scalar("beta") * outer(k, v)),
         deltanet,
     ),
-    (LSM("reads_before", decay=Vector("g"), update=outer(vector("b"), vector("a") @ M) + outer(k, v)), rwkv7),
-    (LSM("two_sided", decay=Vector("gk") * Vector("gv", over="V"), update=outer(k, v)), two_sided),
     (LSM("full", decay=Matrix(lsmc.log(matrix("A"))), update=outer(k, v)), full),
     (
         LSM(
@@ -337,38 +402,41 @@ def test_running_in_two_parts_equals_running_at_once(name: str, split: int) -> N
     x = draw(method)
     run = lsmc.reference(method)
     o, final = run(**x, return_final_state=True)
-    part = lambda i, j: {n: y[:, i:j] if y.dim() > 2 else y for n, y in x.items()}  # noqa: E731
+    tokens = {f.name for f in method.inputs if f.per == "token"}
+    part = lambda i, j: {n: y[:, i:j] if n in tokens else y for n, y in x.items()}  # noqa: E731
     left, state = run(**part(0, split), return_final_state=True)
     right, state = run(**part(split, T), initial_state=state, return_final_state=True)
     assert torch.equal(torch.cat([left, right], 1), o)
-    assert torch.equal(state, final)
+    assert all(map(torch.equal, tensors(state), tensors(final)))
 
 
 @pytest.mark.parametrize("name", lsmc.zoo.names())
 def test_packed_sequences_equal_separate_ones_and_may_be_empty(name: str) -> None:
     method = getattr(lsmc.zoo, name)
-    x = {n: y[:1] if y.dim() > 2 else y for n, y in draw(method).items()}
+    tokens = {f.name for f in method.inputs if f.per == "token"}
+    x = {n: y[:1] if n in tokens else y for n, y in draw(method).items()}
     ends = [0, 2, 2, 5, T]
-    start = torch.randn(4, HV, K, V, dtype=torch.float64)
+    states = start(method, 4, HV)
     o, state = lsmc.reference(method)(
-        **x, cu_seqlens=torch.tensor(ends), initial_state=start, return_final_state=True
+        **x, cu_seqlens=torch.tensor(ends), initial_state=one(states), return_final_state=True
     )
     for n, (i, j) in enumerate(zip(ends, ends[1:], strict=False)):
-        piece = {m: y[:, i:j] if y.dim() > 2 else y for m, y in x.items()}
-        alone, end = lsmc.reference(method)(**piece, initial_state=start[n : n + 1], return_final_state=True)
+        piece = {m: y[:, i:j] if m in tokens else y for m, y in x.items()}
+        begin = one(tuple(s[n : n + 1] for s in states))
+        alone, end = lsmc.reference(method)(**piece, initial_state=begin, return_final_state=True)
         assert torch.equal(o[:, i:j], alone)
-        assert torch.equal(state[n : n + 1], end)
-    assert torch.equal(state[1], start[1])
+        assert all(torch.equal(s[n : n + 1], e) for s, e in zip(tensors(state), tensors(end), strict=True))
+    assert all(torch.equal(s[1], e[1]) for s, e in zip(tensors(state), states, strict=True))
 
 
 @pytest.mark.parametrize("name", lsmc.zoo.names())
 def test_no_tokens_leave_the_state_as_it_is(name: str) -> None:
     method = getattr(lsmc.zoo, name)
     x = draw(method, T=0)
-    start = torch.randn(B, HV, K, V, dtype=torch.float64)
-    o, state = lsmc.reference(method)(**x, initial_state=start, return_final_state=True)
+    states = start(method, B, HV)
+    o, state = lsmc.reference(method)(**x, initial_state=one(states), return_final_state=True)
     assert o.shape == (B, 0, HV, V)
-    assert torch.equal(state, start)
+    assert all(map(torch.equal, tensors(state), states))
 
 
 def test_a_value_head_takes_its_groups_query_and_key_head() -> None:

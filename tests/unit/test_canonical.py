@@ -223,7 +223,7 @@ def test_declaring_takes_milliseconds() -> None:
 
 
 def test_the_zoo_lists_its_methods_under_their_names() -> None:
-    assert lsmc.zoo.names() == ("bla", "retnet", "gla", "gated_deltanet", "kda", "rwkv6")
+    assert len(set(lsmc.zoo.names())) == len(lsmc.zoo.METHODS)
     for name in lsmc.zoo.names():
         assert getattr(lsmc.zoo, name).name == name
 

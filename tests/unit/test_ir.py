@@ -37,9 +37,10 @@ def programs(canonical: Canonical) -> list[Program]:
 C, SIZE = 6, {"T": 6, "K": 3, "V": 2, "1": 1}
 
 
-def draw(op: Op) -> Tensor:
-    """An input tile: small, and negative, so that it may be a log decay."""
-    return -torch.rand(SIZE[op.dims[0]], SIZE[op.dims[1]], dtype=torch.float64)
+def draw(op: Op, forward: Program) -> Tensor:
+    """An input tile: small, and negative, so that it may be a log decay, unless a logarithm is taken of it."""
+    logs = {a for o in forward.ops if o.kind == "map" and type(o.attr("expr")).__name__ == "log" for a in o.args}
+    return (1 if op.id in logs else -1) * torch.rand(SIZE[op.dims[0]], SIZE[op.dims[1]], dtype=torch.float64)
 
 
 def weights(strict: bool, before: bool, g: Tensor) -> Tensor:
@@ -91,9 +92,33 @@ def evaluate(op: Op, a: list[Tensor]) -> Tensor:
             with torch.enable_grad():
                 total = torch.einsum("ij,id,jd,ijd->", p.detach(), x.detach(), y.detach(), weights(at["strict"], at["before"], g))
             return torch.autograd.grad(total, g)[0]
+        case "scan":
+            return scan(op, a)
+        case "scan_grad":
+            whole = Op(op.id, op.dims, "scan", op.args[:-1], tuple((n, x) for n, x in op.attrs if n != "wrt"))
+            given = [x.detach().requires_grad_() for x in a[:-1]]
+            with torch.enable_grad():
+                made = scan(whole, given)
+            return torch.autograd.grad(made, given[at["wrt"]], a[-1].detach())[0]
         case "inverse":
             return torch.linalg.inv(torch.eye(C, dtype=torch.float64) + a[0].tril(-1))
     raise AssertionError(op.kind)
+
+
+def scan(op: Op, a: list[Tensor]) -> Tensor:
+    """Token by token; operands of `log` with rows T give their row, as a column where it runs over K."""
+    at, pairs = op.attr("at"), a[bool(op.attr("at")) :][: 2 * op.attr("writes")]
+    memory, fields = a[bool(at) + len(pairs)], a[bool(at) + len(pairs) + 2 :]
+    read = []
+    for i in range(C):
+        seen = [x if x.shape[0] != C else x[i][:, None] if x.shape[1] == SIZE["K"] else x[i][None] for x in fields]
+        values = {operand(n): x for n, x in enumerate(seen)}
+        log = _Evaluator(values, Sizes(1, 1, 1, 1, SIZE["K"], SIZE["V"], 1), torch.float64, memory.device)(op.attr("log"))  # type: ignore[arg-type]
+        decayed = log.exp() * memory
+        updated = decayed + sum(k[i][:, None] * v[i] for k, v in zip(pairs[::2], pairs[1::2], strict=True))
+        read.append(a[0][i] @ {"previous": memory, "decayed": decayed}.get(at, updated))
+        memory = updated
+    return torch.stack(read) if at else memory
 
 
 def run(program: Program, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -108,7 +133,7 @@ def run(program: Program, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 def check_adjoint(forward: Program, backward: Program) -> None:
     """⟨J x, w⟩ = ⟨x, Jᵀ w⟩ for random directions x and w: the derivative of `forward` against the value of `backward`."""
     torch.manual_seed(0)
-    inputs = {op.attr("name"): draw(op) for op in forward.inputs()}
+    inputs = {op.attr("name"): draw(op, forward) for op in forward.inputs()}
     names = list(inputs)
     directions = tuple(torch.randn_like(x) for x in inputs.values())
     values, tangents = torch.func.jvp(lambda *xs: run(forward, dict(zip(names, xs))), tuple(inputs.values()), directions)
@@ -207,6 +232,11 @@ MALFORMED: dict[str, str] = {
     "%6: (T,K) = form(%0, %0, %5){wrt=P, strict=True, before=False}": "of what it is derived by",
     "%6: (T,K) = form_gate(%0, %0, %0, %5){strict=True, before=False}": "(T, T) tile for P",
     "%6: (T,V) = form_gate(%4, %0, %0, %5){strict=True, before=False}": "of what it is derived by",
+    "%6: (T,K) = round(%0, %0)": "takes (1,) operands",
+    "%6: (T,1) = diagonal(%0, %0)": "takes (1,) operands",
+    "%6: (T,V) = scan(%0, %1, %3, %2){log=x0, writes=1, at=updated}": "operands are a query",
+    "%6: (T,K) = scan(%0, %1, %3, %2){log=x0, writes=1, at=}": "result has the wrong dimensions",
+    "%6: (K,V) = scan_grad(%0, %1, %3, %2, %1){wrt=2, log=x0, writes=1, at=}": "the cotangent",
     "carry M: %3 -> %0": "changes its dimensions",
     "carry M: %3 -> %9": "not defined",
     "carry q: %0 -> %0": "role=carry",

@@ -256,8 +256,8 @@ def rounded(op: LSM, case: Case, dtype: torch.dtype, *ends: int) -> tuple[list[T
 
 
 def pairs(op: LSM, found: list[Tensor], wanted: list[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    n = 1 + op.canonical.normalizer
-    names = ["the output", *["M", "Z"][:n], *drawn_names(op), *["dM0", "dZ0"][:n]]
+    states = [f.name for f in op.canonical.states]
+    names = ["the output", *states, *drawn_names(op), *(f"d{name}0" for name in states)]
     return dict(zip(names, zip(found, wanted, strict=True), strict=True))
 
 

@@ -16,13 +16,15 @@ from hypothesis import strategies as st
 
 from lsmc import zoo
 from lsmc.cases import GATES, Case
+from lsmc.chunk import derive
+from lsmc.lowering.plan import able
 from lsmc.schedules import CUTS
 from tests.declarations import Drawn, declarations
 from tests.interpreted import OWN, Job, Workers, workers
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
-METHODS = zoo.names()
+METHODS = tuple(m.name for m in zoo.METHODS if able("triton", derive(m.canonical)) == "triton")
 GATED = [n for n in METHODS if getattr(zoo, n).canonical.decay_k is not None]
 EXAMPLES = int(os.environ.get("LSMC_EXAMPLES", "8"))
 SMALL = Case(batch=1, time=37, heads=1, groups=2, key_dim=5, value_dim=3, chunk=16, initial_state=True, scale=0.5)

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from lsmc import zoo
+from lsmc.chunk import derive
+from lsmc.lowering.plan import able
 from lsmc.lsm import LSM
 from lsmc.pipeline import Options, compile_plan
 from lsmc.schedules import CUTS
@@ -20,7 +22,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 SIZES = {"B", "T", "HV", "COUNT", "CHUNKS"}
 """Sizes that are known at launch only, int32 in a kernel: the product of two of them may exceed 2^31."""
 
-DECLARATIONS = [getattr(zoo, n) for n in zoo.names()] + [
+DECLARATIONS = [m for m in zoo.METHODS if able("triton", derive(m.canonical)) == "triton"] + [
     Drawn("two-sided", "none", "softmax", "sigmoid", "two writes", "two queries").declaration(),
     Drawn("scalar", "both", "silu", "plain", "a write per head", "gated").declaration(),
     Drawn("vector per head", "none", "exp", "softmax", "strength", "normaliser").declaration()]
