@@ -19,7 +19,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import cached_property, reduce
+from hashlib import sha256
 from math import gcd, lcm
 
 import sympy
@@ -102,6 +103,11 @@ class Canonical:
     normalizer: bool
     defaults: dict[str, Callable[[int], list[float]]] = field(compare=False)
     where: Where | None = field(default=None, compare=False, repr=False)
+
+    @cached_property
+    def key(self) -> str:
+        """Names the declaration in compiled graphs: its name and a hash of its canonical form."""
+        return f"{self.name}_{sha256(str(self).encode()).hexdigest()[:16]}"
 
     def __str__(self) -> str:
         lines = [

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from lsmc.adjoint import differentiate
@@ -73,7 +73,8 @@ def compile_plan(canonical: Canonical, options: Options, shape: Shape = TYPICAL)
         choice: Choice = _log(stage, choose(program, cuts, shape, rank=ranking(options.target)))
         return Direction(program, choice, options.target)
 
-    return Plan(canonical.name, options.chunk, direction(forward, "schedule"), direction(backward, "backward_schedule"))
+    return Plan(canonical, options.scale, options.chunk, direction(forward, "schedule"), direction(backward, "backward_schedule"),
+                lambda other, scale: compile_plan(other, replace(options, scale=scale), shape))
 
 
 def stages(canonical: Canonical, options: Options, shape: Shape = TYPICAL) -> dict[str, str]:
