@@ -14,7 +14,8 @@ more than it did, or is not finite where a sequence is padded with zeros.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,29 +31,52 @@ from lsmc.inputs import Sizes, parts
 from lsmc.lowering import ops
 from lsmc.lowering.plan import Plan
 from lsmc.lowering.torch_maps import CASTS, MUTATING, NAMES, POINTWISE, ROWS, SHAPES, Refused
-from lsmc.lsm import LSM, declared
 from lsmc.reference import _Evaluator
+from lsmc.target import H200
 
 Axes = tuple[str, ...]
 """The named dimensions of a value: B, T, H or HV, K, V; 1 where it is broadcast; "HV.K" where two are one."""
 
 
-def absorb(module: GraphModule) -> list[str]:
-    """Replace operators by those of declarations that hold the maps of their inputs."""
+Judge = Callable[[Plan, Plan, float], str | None]
+
+
+def judge(plan: Plan, absorbed: Plan, moved: float) -> str | None:
+    """Why an input's maps are better computed outside, moving so many bytes; None where they are better inside.
+
+    Inside they are computed by every kernel that loads the input, outside once by a kernel in each direction, which
+    moves bytes. On CPUs the operator is compiled together with what surrounds it: nothing is saved.
+    """
+    if plan.forward.target != "triton":
+        return "on this device the operator is compiled together with what feeds it"
+    inside, outside = absorbed.seconds - plan.seconds, 2 * H200.launch_s + moved / H200.bytes_per_s
+    if inside > outside:
+        return f"it is estimated to take {inside * 1e6:.0f} us more inside, and {outside * 1e6:.0f} us outside"
+    return None
+
+
+def absorb(module: GraphModule, judge: Judge = judge) -> list[str]:
+    """Replace operators by those of declarations that hold the maps of their inputs, where `judge` has no objection."""
     changes = []
     for inner, node in list(ops.in_graph(module)):
-        changes += _Absorption(inner, node).run()
+        changes += _Absorption(inner, node, judge).run()
         inner.graph.lint()
         inner.recompile()
     return changes
 
 
 @functools.cache
-def _derived(spec: str, values: tuple[tuple[Field, sympy.Expr], ...]) -> tuple[LSM, Plan]:
-    """The method of a plan with its inputs replaced, and its plan at the same options; q no longer has a factor."""
-    plan = ops.plan_of(spec)
-    declaration = declared(plan.canonical.key).substitute(dict(values))
-    return declaration, plan.derive(declaration.canonical, 1.0)
+def _derived(spec: str, values: tuple[tuple[Field, sympy.Expr], ...]) -> Plan:
+    """The plan of a plan's method with inputs replaced, at the same options.
+
+    The factor on q becomes a part of its expression where the new q is another one than the old.
+    """
+    plan, inside = ops.plan_of(spec), dict(values)
+    scale = plan.scale
+    for q in plan.canonical.inputs:
+        if q.name == "q" and scale != 1.0 and (q in inside or any(q in x.free_symbols for x in inside.values())):
+            inside[q], scale = inside.get(q, q) * number(scale), 1.0
+    return plan.derive(plan.canonical.substitute(inside), scale)
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -104,8 +128,8 @@ class _Leaves:
 class _Absorption:
     """What one operator absorbs."""
 
-    def __init__(self, module: GraphModule, node: Node) -> None:
-        self.graph, self.op = module.graph, node
+    def __init__(self, module: GraphModule, node: Node, judge: Judge) -> None:
+        self.graph, self.op, self.judge = module.graph, node, judge
         self.spec = str(node.args[3])
         self.plan = ops.plan_of(self.spec)
         self.fields = {f.name: f for f in self.plan.canonical.inputs}
@@ -187,25 +211,34 @@ class _Absorption:
                     raise _Left(source, "nothing that feeds it has its shape and type")
                 if not _finite_at_zero(values[symbol]):
                     raise _Left(source, "its value or derivative is not finite at 0, with which sequences are padded")
-        if self.plan.scale != 1.0:
-            values = {f: x * number(self.plan.scale) if f.name == "q" else x for f, x in values.items()}
-        try:
-            _derived(self.spec, tuple(values.items()))
-        except LsmError as error:
-            chains = [name for name, source in self.given.items() if source in inside]
-            alone = (name for name in chains if not self._derives(self.fields[name], values))
-            raise _Left(self.given[next(alone, chains[-1])], error.rule) from None
-        return values, leaves
+        changed = {f: x for f, x in values.items() if f != x}
+        self._check_worth(inside, changed, leaves)
+        return changed, leaves
 
-    def _derives(self, symbol: Field, values: Mapping[Field, sympy.Expr]) -> bool:
-        """Whether the method with one input replaced has a chunk form."""
-        try:
-            return bool(_derived(self.spec, ((symbol, values[symbol]),)))
-        except LsmError:
-            return False
+    def _check_worth(self, inside: Mapping[Node, None], changed: Mapping[Field, sympy.Expr], leaves: _Leaves) -> None:
+        """Leave what feeds an input alone where, after the inputs before it, it has no chunk form inside, or does not pay."""
+        extent = {"K": self.plan.shape.key, "V": self.plan.shape.value}
+        rows = self.plan.shape.sequences * self.plan.shape.tokens
+
+        def size(field: Field, node: Node) -> int:
+            return _type(node).itemsize * math.prod(extent[d] for d in field.dims) * (rows if field.per == "token" else 1)
+
+        before, so_far = self.plan, dict[Field, sympy.Expr]()
+        for symbol, value in changed.items():
+            source, so_far[symbol] = self.given[symbol.name], value
+            try:
+                absorbed = _derived(self.spec, tuple(so_far.items()))
+            except LsmError as error:
+                raise _Left(source, error.rule) from None
+            # forward it reads the leaves and writes the input; backward it reads both again and writes gradients of the leaves
+            reads = sum(size(s, leaves.layouts[s][0]) for s in value.free_symbols if s in leaves.layouts)
+            why = self.judge(before, absorbed, 2 * size(symbol, source) + 3 * reads) if source in inside else None
+            if why is not None:
+                raise _Left(source, why)
+            before = absorbed
 
     def _rewrite(self, inside: Iterable[Node], values: Mapping[Field, sympy.Expr], leaves: _Leaves) -> list[str]:
-        declaration, plan = _derived(self.spec, tuple(values.items()))
+        plan = _derived(self.spec, tuple(values.items()))
         laid = {s.name: self._lay_out(*layout) for s, layout in leaves.layouts.items()}
         self.op.args = ([laid[name] for name in plan.inputs], *self.op.args[1:3], ops.register(plan))
         if "lsm" in self.op.meta:
@@ -213,7 +246,7 @@ class _Absorption:
         for node in inside:
             self.graph.erase_node(node)
         names = ", ".join(n.name for n in reversed(list(inside)))
-        return [f"{self.op.name} absorbs {names} and is now {declaration!r}"]
+        return [f"{self.op.name} absorbs {names} and is now {plan.canonical}"]
 
     def _lay_out(self, node: Node, steps: Iterable[Step]) -> Node:
         for method, args in steps:

@@ -16,7 +16,7 @@ from torch import Tensor
 import lsmc.lowering.backends.aten as aten
 from lsmc.canonical import Canonical
 from lsmc.ir import Program
-from lsmc.schedules import Choice
+from lsmc.schedules import Choice, Shape
 from lsmc.schedules.base import Rank, by_kernel
 
 
@@ -75,12 +75,14 @@ class Plan:
     """Forward and backward of one method; `key` names it in a graph and covers all source, generated or not.
 
     canonical, scale   the method, and the factor on its q
+    shape              the sizes at which its schedules were ranked
     derive             the plan of another method, with its factor on q, at the options of this one
     """
 
     canonical: Canonical
     scale: float
     chunk: int
+    shape: Shape
     forward: Direction
     backward: Direction
     derive: Callable[[Canonical, float], Plan] = field(compare=False, repr=False)
@@ -88,6 +90,11 @@ class Plan:
     @property
     def name(self) -> str:
         return self.canonical.name
+
+    @property
+    def seconds(self) -> float:
+        """The estimate for forward and backward."""
+        return self.forward.choice.seconds + self.backward.choice.seconds
 
     @cached_property
     def key(self) -> str:

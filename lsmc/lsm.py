@@ -11,7 +11,7 @@ nothing; every mistake that can be seen without tensors is raised here, at the l
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -138,22 +138,6 @@ class LSM:
         """The inputs of a call, in order: q, k, v as used, then the declared ones; each has `.name`,
         `.dims`, `.shape`."""
         return self.canonical.inputs
-
-    def substitute(self, values: Mapping[Field, sympy.Expr]) -> LSM:
-        """The same method of other inputs: each input in `values` replaced by an expression of new ones, of its own dims.
-
-        ``gla.substitute({k: l2norm(k)})`` on k is ``gla`` on ``l2norm(k)``; a replaced input has no default. Raises what
-        a declaration raises, such as LsmDuplicateNameError where a new input has the name of one that is kept.
-        """
-        old, table = self.decay, dict(values)
-
-        def new(part: sympy.Expr | None) -> sympy.Expr | None:
-            return None if part is None else part.xreplace(table)
-
-        gone = {field.name for field in table}
-        defaults = {name: default for name, default in old.defaults.items() if name not in gone}
-        decay = Decay(new(old.log_k), new(old.log_v), new(old.log_kv), defaults, old.where)
-        return _rebuild(self.name, decay, new(self.update), self.is_recurrence, new(self.readout))
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError("declarations are immutable")

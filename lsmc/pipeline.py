@@ -73,8 +73,11 @@ def compile_plan(canonical: Canonical, options: Options, shape: Shape = TYPICAL)
         choice: Choice = _log(stage, choose(program, cuts, shape, rank=ranking(options.target)))
         return Direction(program, choice, options.target)
 
-    return Plan(canonical, options.scale, options.chunk, direction(forward, "schedule"), direction(backward, "backward_schedule"),
-                lambda other, scale: compile_plan(other, replace(options, scale=scale), shape))
+    def derive_other(other: Canonical, scale: float) -> Plan:
+        return compile_plan(other, replace(options, scale=scale), shape)
+
+    return Plan(canonical, options.scale, options.chunk, shape, direction(forward, "schedule"),
+                direction(backward, "backward_schedule"), derive_other)
 
 
 def stages(canonical: Canonical, options: Options, shape: Shape = TYPICAL) -> dict[str, str]:

@@ -17,6 +17,7 @@ from lsmc.expr import inputs_of
 from lsmc.inputs import parts
 from lsmc.lowering import ops
 from lsmc.lowering.absorb import absorb
+from lsmc.models.blocks import describe
 from lsmc.pipeline import Options, compile_plan
 from tests.declarations import Drawn
 
@@ -71,6 +72,8 @@ def role(op: LSM, symbol: Any) -> dict[str, Chain]:
     """The maps that an input may come from."""
     c = op.canonical
     if any(part is not None and symbol in inputs_of(part) for part in (c.decay_k, c.decay_v)):
+        if next(i.sign for i in describe(op) if i.name == symbol.name) > 0:
+            return {"softplus": lambda x, p: F.softplus(x), "square": lambda x, p: x.square()}
         return DECAYS if symbol.per == "token" else {"plain": lambda x, p: -x.square(), "-exp": lambda x, p: -x.exp()}
     if symbol.per == "head":
         return {"plain": FREE["plain"], "exp": lambda x, p: torch.exp(x) / 4}
@@ -127,11 +130,15 @@ def results(run: Callable[..., Tensor], raw: dict[str, Tensor], parameters: dict
     return {"o": o.detach(), **{n: g for n, g in zip(leaves, grads) if g is not None}}
 
 
+def anything(*_: object) -> None:
+    """No objection, whatever it costs."""
+
+
 def compiled(run: Callable[..., Tensor], said: list[str], target: str = "aten", **options: Any) -> Callable[..., Tensor]:
     """`run`, captured, with what feeds its operator absorbed, and the operator compiled for `target`; all else as it is."""
 
     def backend(module: torch.fx.GraphModule, _: Any) -> torch.fx.GraphModule:
-        said.extend(absorb(module))
+        said.extend(absorb(module, anything))
         for _, node in ops.in_graph(module):
             plan = ops.plan_of(str(node.args[3]))
             if target != "aten":  # Triton's interpreter cannot be captured itself
