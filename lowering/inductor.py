@@ -7,13 +7,14 @@ their place between `find` and `drop_unused_states`: they rewrite the same graph
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from lsmc.lowering import ops
+from lsmc.lowering.absorb import absorb
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -29,19 +30,10 @@ log = logging.getLogger("lsmc.passes")
 Pass = Callable[[GraphModule], list[str]]
 
 
-def operators(module: GraphModule) -> Iterator[tuple[GraphModule, Node]]:
-    """Every LSM operator in a graph and in the graphs nested in it (checkpointed regions), with its graph."""
-    for inner in module.modules():
-        if isinstance(inner, GraphModule):
-            for node in inner.graph.nodes:
-                if node.target in (torch.ops.lsmc.fwd, torch.ops.lsmc.fwd.default):
-                    yield inner, node
-
-
 def find(module: GraphModule) -> list[str]:
     """Record on each LSM node which plan it runs; later passes and reports read it from `meta["lsm"]`."""
     found = []
-    for _, node in operators(module):
+    for _, node in ops.in_graph(module):
         plan = ops.plan_of(str(node.args[3]))
         node.meta["lsm"] = plan
         found.append(f"{node.name} runs {plan.name} in chunks of {plan.chunk}, schedule {plan.forward.choice.schedule.name}")
@@ -51,7 +43,7 @@ def find(module: GraphModule) -> list[str]:
 def drop_unused_states(module: GraphModule) -> list[str]:
     """Remove the `getitem` of final states that nothing uses, so that no code is generated around them."""
     dropped = []
-    for inner, node in operators(module):
+    for inner, node in ops.in_graph(module):
         for user in list(node.users):
             if not user.users and user.op == "call_function":
                 dropped.append(f"{user.name} of {node.name}")
@@ -61,7 +53,7 @@ def drop_unused_states(module: GraphModule) -> list[str]:
     return dropped
 
 
-PASSES: dict[str, Pass] = {"find": find, "drop_unused_states": drop_unused_states}
+PASSES: dict[str, Pass] = {"find": find, "absorb": absorb, "drop_unused_states": drop_unused_states}
 
 
 def compile_graph(module: GraphModule, example_inputs: Sequence[Any], disable: Sequence[str] = (), **_: Any) -> Any:

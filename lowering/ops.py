@@ -6,13 +6,14 @@ never serve code of an older derivation. On CPUs the body is plain ATen, which I
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule, Node
 from torch.library import triton_op
 
 from lsmc.errors import LsmDerivativeError
@@ -29,6 +30,15 @@ def register(plan: Plan) -> str:
 def plan_of(spec: str) -> Plan:
     """The plan behind a `spec` found in a graph."""
     return _PLANS[spec]
+
+
+def in_graph(module: GraphModule) -> Iterator[tuple[GraphModule, Node]]:
+    """Every LSM operator in a graph and in the graphs nested in it (checkpointed regions), with its graph."""
+    for inner in module.modules():
+        if isinstance(inner, GraphModule):
+            for node in inner.graph.nodes:
+                if node.target in (torch.ops.lsmc.fwd, torch.ops.lsmc.fwd.default):
+                    yield inner, node
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -14,8 +14,9 @@ from typing import Protocol
 from torch import Tensor
 
 import lsmc.lowering.backends.aten as aten
+from lsmc.canonical import Canonical
 from lsmc.ir import Program
-from lsmc.schedules import Choice
+from lsmc.schedules import Choice, Shape
 from lsmc.schedules.base import Rank, by_kernel
 
 
@@ -80,12 +81,29 @@ class Direction:
 
 @dataclass(frozen=True)
 class Plan:
-    """Forward and backward of one method; `key` names it in a graph and covers all source, generated or not."""
+    """Forward and backward of one method; `key` names it in a graph and covers all source, generated or not.
 
-    name: str
+    canonical, scale   the method, and the factor on its q
+    shape              the sizes at which its schedules were ranked
+    derive             the plan of another method, with its factor on q, at the options of this one
+    """
+
+    canonical: Canonical
+    scale: float
     chunk: int
+    shape: Shape
     forward: Direction
     backward: Direction
+    derive: Callable[[Canonical, float], Plan] = field(compare=False, repr=False)
+
+    @property
+    def name(self) -> str:
+        return self.canonical.name
+
+    @property
+    def seconds(self) -> float:
+        """The estimate for forward and backward."""
+        return self.forward.choice.seconds + self.backward.choice.seconds
 
     @cached_property
     def key(self) -> str:

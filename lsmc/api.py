@@ -190,7 +190,8 @@ def step(declaration: LSM, *, state: State | None = None, scale: float = 1.0, **
 def compile(model: Any, *, mesh: Any = None, disable: tuple[str, ...] = (), **options: Any) -> Any:
     """`torch.compile` with lsmc's graph passes in front: a module or function that trains as the original does.
 
-    model    any module or function; LSM operators in its graph are found by the passes
+    model    any module or function; LSM operators in its graph are found by the passes, which say on the logger
+             "lsmc.passes" what they changed: `absorb` prints the declaration that holds what fed an operator
     disable  names of passes to leave out; `lsmc.api.PASSES` lists them in order
     options  further options of `torch.compile` (dynamic, fullgraph, mode)
     mesh     reserved for a DeviceMesh; giving one raises NotImplementedError until collectives can be inserted

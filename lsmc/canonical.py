@@ -17,9 +17,10 @@ D(M_{s-1}) are one, and "previous" is its name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from functools import reduce
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property, reduce
+from hashlib import sha256
 from math import gcd, lcm
 
 import sympy
@@ -119,6 +120,42 @@ class Canonical:
         """The log decays there are: of the memory along K, V and both, and of what momentum accumulates."""
         parts = self.decay_k, self.decay_v, self.decay_kv, self.momentum
         return tuple(part for part in parts if part is not None)
+
+    @cached_property
+    def key(self) -> str:
+        """Names the declaration in compiled graphs: its name and a hash of its canonical form."""
+        return f"{self.name}_{sha256(str(self).encode()).hexdigest()[:16]}"
+
+    def substitute(self, values: Mapping[Field, sympy.Expr]) -> Canonical:
+        """The same method of other inputs: each input in `values` replaced by an expression, of its own dims, of new ones.
+
+        ``{k: l2norm(k)}`` makes of a method on k the method on l2norm(k). The expressions stay where the inputs stood: keys
+        and queries are not normalised again, since a factor that left a query for the output would have its derivative
+        computed from the output. `inputs` are those that occur; a replaced input has no default.
+        """
+        table = dict(values)
+
+        def new(expr: sympy.Expr | None) -> sympy.Expr | None:
+            return None if expr is None else expr.xreplace(table)
+
+        decays = new(self.decay_k), new(self.decay_v), new(self.decay_kv), new(self.phase), new(self.momentum)
+        reads = tuple(replace(r, key=new(r.key)) for r in self.reads)
+        writes = tuple(Write(new(w.key), new(w.value)) for w in self.writes)
+        queries = tuple(replace(y, key=new(y.key)) for y in self.queries)
+        output = new(self.output)
+        rest = [*(r.key for r in reads), *(e for w in writes for e in (w.key, w.value)), *(y.key for y in queries), output]
+        made = {r.symbol for r in reads} | {y.symbol for y in queries}
+        in_decay = frozenset().union(*(inputs_of(part) for part in decays if part is not None))
+        others = frozenset().union(*map(inputs_of, rest)) - in_decay - made
+        inputs = (
+            *(symbol for symbol in STANDARD if symbol in in_decay | others),
+            *sorted(in_decay - set(STANDARD), key=lambda symbol: symbol.name),
+            *sorted(others - set(STANDARD), key=lambda symbol: symbol.name),
+        )
+        known = {symbol.name for symbol in inputs} - {symbol.name for symbol in table}
+        defaults = {name: default for name, default in self.defaults.items() if name in known}
+        return Canonical(self.name, inputs, *decays[:3], reads, writes, queries, output, self.normalizer, defaults, self.where,
+                         *decays[3:])
 
     def __str__(self) -> str:
         lines = [
@@ -435,27 +472,9 @@ def canonicalise(
                                  help="keep a normaliser of your own as a second declaration")  # fmt: skip
         _check_normalizer(name, decay_v, decay_kv, writes, read_list, seen)
 
-    decays = [part for part in (decay_k, decay_v, decay_kv, phase, momentum) if part is not None]
-    rest_of = [
-        *(r.key for r in read_list),
-        *(e for w in writes for e in (w.key, w.value)),
-        *(y.key for y in queries),
-        output,
-    ]
-    made = {r.symbol for r in read_list} | {y.symbol for y in queries}
-    in_decay = frozenset().union(*(inputs_of(part) for part in decays)) if decays else frozenset()
-    others = frozenset().union(*(inputs_of(part) for part in rest_of)) - in_decay - made
-    everything = in_decay | others
-    inputs = (
-        *(symbol for symbol in STANDARD if symbol in everything),
-        *sorted(in_decay - set(STANDARD), key=lambda symbol: symbol.name),
-        *sorted(others - set(STANDARD), key=lambda symbol: symbol.name),
-    )
-    known = {symbol.name for symbol in inputs}
-    return Canonical(
-        name, inputs, decay_k, decay_v, decay_kv, read_list, writes, queries, output, normalizer,
-        {key: value for key, value in defaults.items() if key in known}, spot, phase, momentum,
-    )  # fmt: skip
+    made = Canonical(name, (), decay_k, decay_v, decay_kv, read_list, writes, queries, output, normalizer, defaults, spot,
+                     phase, momentum)
+    return made.substitute({})
 
 
 def _after_decay(

@@ -10,7 +10,6 @@ nothing; every mistake that can be seen without tensors is raised here, at the l
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 from collections.abc import Callable
 from functools import cached_property
@@ -113,8 +112,7 @@ class LSM:
             object.__setattr__(self, key, value)
         _check_names(self._terms(), where)
         _ = self.canonical  # mistakes show at the declaration
-        digest = hashlib.sha256(f"{self.canonical}".encode()).hexdigest()[:16]
-        object.__setattr__(self, "key", f"{name}_{digest}")
+        object.__setattr__(self, "key", self.canonical.key)
         _DECLARED[self.key] = self
 
     def _terms(self) -> list[tuple[str, sympy.Expr]]:

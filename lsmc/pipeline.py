@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from lsmc.adjoint import differentiate
@@ -74,7 +74,11 @@ def compile_plan(canonical: Canonical, options: Options, shape: Shape = TYPICAL)
         choice: Choice = _log(stage, choose(program, cuts, shape, rank=ranking(target)))
         return Direction(program, choice, target)
 
-    return Plan(canonical.name, options.chunk, direction(forward, "schedule"), direction(backward, "backward_schedule"))
+    def derive_other(other: Canonical, scale: float) -> Plan:
+        return compile_plan(other, replace(options, scale=scale), shape)
+
+    return Plan(canonical, options.scale, options.chunk, shape, direction(forward, "schedule"),
+                direction(backward, "backward_schedule"), derive_other)
 
 
 def stages(canonical: Canonical, options: Options, shape: Shape = TYPICAL) -> dict[str, str]:

@@ -59,6 +59,9 @@ def expression(expr: sympy.Expr, names: list[str], dims: list[Dims]) -> str:
     size = {f"x{i}": sum(_SIZE[d] for d in dims[i]) for i in range(len(names))}
     printed = _TorchPrinter()
 
+    # exact numbers whose parts are no machine integers: what decimals become when they are multiplied
+    expr = expr.xreplace({n: sympy.Float(n) for n in expr.atoms(sympy.Rational) if max(abs(n.p), n.q) >= 2**53})
+
     def text(e: sympy.Expr) -> str:
         return str(printed.doprint(e.xreplace({operand(i): sympy.Symbol(n) for i, n in enumerate(names)})))
 

@@ -81,6 +81,11 @@ class Choice:
     schedule: Schedule
     estimates: tuple[tuple[Schedule, float, str], ...]
 
+    @property
+    def seconds(self) -> float:
+        """The estimate of the chosen schedule."""
+        return self.estimates[0][1]
+
     def __str__(self) -> str:
         lines = [str(self.schedule), "", "candidates, best first:"]
         lines += [f"  {s.name:<10} {t * 1e6:9.1f} us: {why}" for s, t, why in self.estimates]
