@@ -174,7 +174,7 @@ def _no_second(ctx: Any, *grads: Any) -> Any:
 
 
 class _Eager(torch.autograd.Function):
-    """`lsmc::fwd` with its derivative, tensor by tensor: lists of tensors cost an eager call several times as much."""
+    """`lsmc::fwd` with its derivative, tensor by tensor: lists of tensors would be flattened and restored in every call."""
 
     @staticmethod
     def forward(spec: str, counted: int, cu_seqlens: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -143,10 +143,9 @@ def splits(program: Program, kernel: Kernel, known: Iterable[int]) -> dict[str, 
 
 
 def block(program: Program, piece: Piece) -> int:
-    """Columns of the split dimension that one program takes at most: fewer where its values cannot all be in the registers
-    of 128 threads. (Narrow blocks repeat the loads of what has no such dimension: they must be worth it, and a kernel
-    that is not bound to go from chunk to chunk can wait for some spilled values.)"""
-    if piece.inner or piece.split is None:
+    """Columns of the split dimension that one program takes at most: fewer in a scan whose values cannot all be in the
+    registers of 128 threads. (Narrow blocks repeat the loads of what has no such dimension: they must be worth it.)"""
+    if not piece.kernel.carries or piece.split is None:
         return WIDE
     extent = {"T": 64, "K": 128, "V": 128, "1": 1, piece.split: WIDE}
 
@@ -155,7 +154,7 @@ def block(program: Program, piece: Piece) -> int:
 
     ends = piece.roots(program)
     wanted = peak(order(program.ancestors(ends, piece.known), ends, weight), weight) // (4 * 128)
-    return WIDE // 2 if wanted > (256 if piece.kernel.carries else 400) else WIDE
+    return WIDE // 2 if wanted > 256 else WIDE
 
 
 def pieces(program: Program, schedule: Schedule) -> tuple[Piece, ...]:

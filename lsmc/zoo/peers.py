@@ -75,7 +75,9 @@ PEERS: Mapping[str, Mapping[str, Peer]] = {
         "kda": Peer("fla.ops.kda:chunk_kda", lambda f, **inputs: _named(f, safe_gate=True, **inputs)),
         "rwkv6": Peer("fla.ops.rwkv6:chunk_rwkv6", lambda f, q, k, v, g, u: _first(q, k, v, f, g, u)),
     },
-    "flashqla": {"gated_deltanet": Peer("flash_qla:chunk_gated_delta_rule", _named)},
+    "flashqla": {  # it differentiates gates in float32 only
+        "gated_deltanet": Peer("flash_qla:chunk_gated_delta_rule", lambda f, g, **inputs: _named(f, g=g.float(), **inputs)),
+    },
     "helion": {
         ours: Peer(f"examples.linear.linear_attention_engine:helion_chunk_{theirs}", call)
         for ours, theirs, call in (
