@@ -29,10 +29,12 @@ from torch import Tensor
 
 from lsmc import zoo
 from lsmc.cases import Case, sample, tensors
+from lsmc.chunk import derive
 from lsmc.lowering import ops
 from lsmc.lowering.apart import Failure, apart
 from lsmc.lowering.backends.triton import Compiled
 from lsmc.lowering.plan import Plan as Methods
+from lsmc.lowering.plan import able
 from lsmc.lowering.tune import MARGIN, Candidate, best, candidates, defaults, sift
 from lsmc.lowering.tuned import store
 from lsmc.lowering.tuned.store import Entry, Like, Machine, Plan, Rejected, Time, rounded, show
@@ -409,6 +411,10 @@ def trials(subject: Subject) -> dict[Trial, dict[Sizes, float]]:
     return out
 
 
+def _has_kernels(method: str) -> bool:
+    return able("triton", derive(resolve(method).canonical)) == "triton"
+
+
 def run(methods: Sequence[str], *, shapes: Sequence[str] = (), dtype: str = "bfloat16", gates: str | None = None,
         scale: float = 1.0, state: bool = False, packed: bool = False, limit: float | None = None, out: Path | None = None,
         dry_run: bool = False) -> list[Entry]:
@@ -427,9 +433,10 @@ def run(methods: Sequence[str], *, shapes: Sequence[str] = (), dtype: str = "bfl
         if text not in DTYPES:
             raise LsmConfigError(f"{text!r}: kernels are tuned for {', '.join(DTYPES)}")
     sizes = [parse_shape(text) for text in shapes or SHAPES["cuda"]]
-    methods = methods or zoo.names()
     for method in methods:
-        resolve(method)  # mistakes first
+        if not _has_kernels(method):  # mistakes first
+            raise LsmConfigError(f"{method}: has no kernels to tune: on GPUs it runs as ATen operations")
+    methods = methods or tuple(filter(_has_kernels, zoo.names()))
     asked = subjects(methods, list(dict.fromkeys(sizes)), dtype=dtype, gates=gates or dtype, scale=float(scale), state=state,
                      packed=packed)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)

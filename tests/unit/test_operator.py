@@ -89,7 +89,7 @@ def operator_arguments(op: LSM, ends: tuple[int, ...], state: bool) -> tuple[Any
     case = Case(batch=1 if ends else 2, time=9, groups=2, key_dim=3, value_dim=2, initial_state=state)
     drawn = sample(op, case, batch=len(ends) or None)
     spec = ops.register(compile_plan(op.canonical, Options(chunk=4)))
-    start = [s if n == 0 else s.detach()[..., None].requires_grad_() for n, s in enumerate(tensors(drawn.state))]
+    start = [s if s.ndim == 4 else s.detach()[..., None].requires_grad_() for s in tensors(drawn.state)]
     return [drawn.inputs[f.name] for f in op.canonical.inputs], start, packed(*ends).get("cu_seqlens"), spec
 
 

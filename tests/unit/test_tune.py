@@ -123,7 +123,12 @@ def test_the_fastest_is_chosen_but_for_noise(times: list[float], default: int) -
         assert chosen == min(found, key=lambda c: (found[c], c))
 
 
-@pytest.mark.parametrize("name", zoo.names())
+def test_a_method_without_kernels_is_refused_by_name() -> None:
+    with pytest.raises(LsmConfigError, match="s4: has no kernels"):
+        tuning.run(["s4"], dry_run=True)
+
+
+@pytest.mark.parametrize("name", [name for name in zoo.names() if tuning._has_kernels(name)])
 @pytest.mark.parametrize("shape", [Shape(128, 4096, 128, 128), Shape(8, 16384, 64, 96), Shape(4, 64, 16, 8)], ids=str)
 def test_candidates_are_few_valid_and_begin_with_the_default(name: str, shape: Shape) -> None:
     plan = compile_plan(getattr(zoo, name).canonical, Options(target="triton"), shape)
