@@ -1,18 +1,19 @@
 """The graph passes of `lsmc.compile`, applied to what Dynamo captured, before AOTAutograd and Inductor see it.
 
-A pass is `graph module → what it changed, in words`; `PASSES` lists them in order. Passes that insert collectives have
-their place between `find` and `drop_unused_states`: they rewrite the same graph, and autograd derives their backward.
+A pass is `graph module → what it changed, in words`; `PASSES` lists them in order. Those that insert collectives
+(`lsmc.runtime.insert`) come before the last: they rewrite the same graph, and autograd derives their backward.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch.fx import GraphModule
 
+from lsmc.errors import LsmError
 from lsmc.lowering import ops
 from lsmc.lowering.absorb import absorb
 
@@ -56,14 +57,28 @@ def drop_unused_states(module: GraphModule) -> list[str]:
 PASSES: dict[str, Pass] = {"find": find, "absorb": absorb, "drop_unused_states": drop_unused_states}
 
 
-def compile_graph(module: GraphModule, example_inputs: Sequence[Any], disable: Sequence[str] = (), **_: Any) -> Any:
-    """The backend that `lsmc.compile` gives to torch.compile: the passes, then Inductor."""
+def compile_graph(module: GraphModule, example_inputs: Sequence[Any], disable: Sequence[str] = (),
+                  inserted: Mapping[str, Pass] | None = None, **_: Any) -> Any:
+    """The backend that `lsmc.compile` gives to torch.compile: the passes, those of a mesh before the last, then Inductor."""
     from torch._inductor.compile_fx import compile_fx
 
-    for name, run in PASSES.items():
+    *first, last = PASSES.items()
+    for name, run in (*first, *(inserted or {}).items(), last):
         if name in disable:
             log.info("%s: switched off", name)
             continue
-        for change in run(module) or ["nothing to change"]:
+        try:
+            changes = run(module)
+        except LsmError as error:
+            return _raising(error)
+        for change in changes or ["nothing to change"]:
             log.info("%s: %s", name, change)
     return compile_fx(module, list(example_inputs))
+
+
+def _raising(error: LsmError) -> Callable[..., Any]:
+    """What a graph becomes that cannot be compiled: the mistake itself reaches the caller, not the tracer's report of it."""
+    def run(*_: Any) -> Any:
+        raise error
+
+    return run

@@ -24,6 +24,9 @@ from lsmc.lowering.inductor import PASSES, compile_graph, constant
 from lsmc.lowering.plan import backend
 from lsmc.lsm import LSM, attach, declared
 from lsmc.pipeline import CHUNK, Options, compile_plan, stages
+from lsmc.runtime.insert import passes
+from lsmc.runtime.mesh import axes
+from lsmc.runtime.plans import PLANS
 from lsmc.schedules import Shape
 
 State = Tensor | tuple[Tensor, ...]
@@ -192,19 +195,29 @@ def compile(model: Any, *, mesh: Any = None, disable: tuple[str, ...] = (), **op
 
     model    any module or function; LSM operators in its graph are found by the passes, which say on the logger
              "lsmc.passes" what they changed: `absorb` prints the declaration that holds what fed an operator
+    mesh     a DeviceMesh with axes named "dp" (the batch), "sp" (the sequence) or "tp" (heads and widths): the result is the
+             same function of whole tensors as `model`, and each rank computes its part. Every rank calls it with the same
+             arguments, tensors (B, T, …), and gets the same results and the same gradients of every parameter: nothing is
+             left to reduce. Sizes are static and the graph is whole: dynamic=False, fullgraph=True. See docs/parallelism.md
     disable  names of passes to leave out; `lsmc.api.PASSES` lists them in order
     options  further options of `torch.compile` (dynamic, fullgraph, mode)
-    mesh     reserved for a DeviceMesh; giving one raises NotImplementedError until collectives can be inserted
 
-    Raises LsmOptionError for a pass that does not exist.
+    Raises LsmOptionError for a pass that does not exist or an option that a mesh rules out, LsmMeshError for a mesh with
+    other axes and, at the first call, for what an axis cannot split: by name, before any collective runs.
     """
     for name in disable:
         if name not in PASSES:
             raise LsmOptionError(f"disable={name!r}: no graph pass is called so", where=here(),
                                  help=f"the passes are {', '.join(PASSES)}")
+    inserted: Mapping[str, Any] = {}
     if mesh is not None:
-        raise NotImplementedError("lsmc.compile(model, mesh=...): collectives are not inserted yet; leave mesh out")
-    return torch.compile(model, backend=functools.partial(compile_graph, disable=tuple(disable)), **options)
+        for name, value in (("fullgraph", True), ("dynamic", False)):
+            if options.setdefault(name, value) is not value:
+                raise LsmOptionError(f"{name}={options[name]!r} beside a mesh", where=here(),
+                                     help=f"a mesh needs {name}={value}: leave it out")
+        inserted = passes(axes(mesh), PLANS)
+    backend = functools.partial(compile_graph, disable=tuple(disable), inserted=inserted)
+    return torch.compile(model, backend=backend, **options)
 
 
 @dataclass(frozen=True)

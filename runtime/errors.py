@@ -1,4 +1,4 @@
-"""The mistakes that training, data and checkpoints report: each says what, where, and a way out."""
+"""The mistakes that training, data, checkpoints and meshes report: each says what, where, and a way out."""
 
 from __future__ import annotations
 
@@ -19,3 +19,7 @@ class LsmCheckpointError(LsmError):
 
 class LsmTrainingError(LsmError):
     """Training went astray: the loss is not a number."""
+
+
+class LsmMeshError(LsmError, ValueError):
+    """A mesh that cannot work, or something in a model that an axis of the mesh cannot split."""

@@ -1,0 +1,308 @@
+"""What an LSM operator needs so that its sequence can lie on several ranks: a summary, the memory that comes in, a correction.
+
+The tokens of a rank apply an affine map M ↦ T M + B to the memory that comes in. Each rank finds T and B from its own tokens
+and sends them, numbers that do not depend on how many tokens there are; each then applies the maps of the ranks before it,
+
+    S = T_{r−1}( … T_1(T_0 S₀ + B_0) + B_1 … ) + B_{r−1}
+
+and its output is o(S) = o(0) + what its queries read of S. All of this is read off the canonical form, in one of three ways:
+
+"sums": no reads, no momentum. T is total log decays (and angles), K numbers; B = (K ⊙ e^{suffix g})ᵀ V is one product, known
+before the operator runs; o = o(0) + (Q ⊙ e^{prefix g}) S.
+
+"columns": the memory is read by its own update. One run, with columns beside V that start as I and in which nothing is written,
+leaves B and T, K·K numbers, and outputs o(0) and P, what the queries read in them; o = o(0) + P S.
+
+"again": decays of every entry. T is total log decays, K·V numbers; B is the memory after a run from zero, o another run, from S.
+
+"again" is also how an output that is no linear function of what is read is found. The operators here are traced through:
+in a compiled graph they are sums and matrix products beside `lsmc::fwd`, and autograd derives their adjoints.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+
+from lsmc.canonical import Canonical, expand
+from lsmc.errors import LsmNoChunkFormError
+from lsmc.expr import Field, Sum, dims_of, inputs_of
+from lsmc.inputs import Sizes
+from lsmc.lowering import ops
+from lsmc.lowering.plan import Plan
+from lsmc.reference import _Evaluator, _spread
+
+_library = torch.library.Library("lsmc", "FRAGMENT")
+
+
+# --- which way
+
+
+@functools.cache
+def way(spec: str) -> tuple[str, bool]:
+    """("sums", "columns" or "again", whether the output is found by a second run) for the method of a plan.
+
+    Raises LsmNoChunkFormError for a method whose tokens apply no affine map that can be written down in columns.
+    """
+    c = ops.plan_of(spec).canonical
+    symbols = {q.symbol for q in c.queries}
+    linear = not any(symbols & node.free_symbols for node in c.output.atoms(Sum)) and not any(
+        symbols & sympy.diff(c.output, s).free_symbols for s in symbols)
+    if c.decay_kv is not None:
+        return "again", True
+    if not c.reads and c.momentum is None:
+        return "sums", not linear
+    wide = {f: sympy.S.Zero for f in c.inputs if "V" in f.dims}
+    gone = {r.symbol: sympy.S.Zero for r in c.reads}
+    written = [w.value.xreplace(gone).xreplace(wide) for w in c.writes]
+    if c.normalizer or any(expand(x) != 0 for x in written) or any(n.dim == "V" for w in c.writes for n in w.value.atoms(Sum)):
+        raise LsmNoChunkFormError(
+            f"{c.name} has no summary that ranks could exchange: what it writes is not zero where its inputs over V are",
+            where=c.where, help="leave the sequence whole for this method, and split the batch")  # fmt: skip
+    rest = c.output.xreplace(dict.fromkeys(symbols, sympy.S.Zero)).xreplace(wide)
+    plain = not any("V" in f.dims for s in symbols for f in inputs_of(sympy.diff(c.output, s)))
+    return "columns", not (linear and plain and expand(rest) == 0)
+
+
+def message(spec: str, K: int, V: int) -> int:
+    """How many numbers per head a rank sends."""
+    c, kind = ops.plan_of(spec).canonical, way(spec)[0]
+    states = sum(K * V if "V" in f.dims else K for f in c.states)
+    if kind == "columns":
+        return (K * len(c.states)) ** 2 + states
+    size = {(): 1, ("K",): K, ("V",): V, ("K", "V"): K * V}
+    return states + sum(size[_dims(part)] for part in _linear(c))
+
+
+def _linear(c: Canonical) -> list[sympy.Expr]:
+    """What is summed over the tokens of a rank: the log decays and the angles."""
+    return [part for part in (c.decay_k, c.decay_v, c.decay_kv, c.phase) if part is not None]
+
+
+def _dims(part: sympy.Expr) -> tuple[str, ...]:
+    return tuple(d for d in ("K", "V") if d in dims_of(part))
+
+
+# --- the values of a call
+
+
+class _Values(_Evaluator):
+    """Expressions of the inputs of a call, (B, T, HV, K or 1, V or 1); numbers stay numbers."""
+
+    def __init__(self, plan: Plan, inputs: Sequence[Tensor]) -> None:
+        size = ops.extents(plan, inputs)
+        given = dict(zip(plan.inputs, inputs, strict=True))
+        like, c = size.like, plan.canonical
+        q = [given[n].shape[2] for n in ("q", "k") if n in given and given[n].dim() == 4]
+        self.extents = Sizes(size.batch, size.tokens, q[0] if q else size.heads, size.heads, size.dims.get("K", 1),
+                             size.dims.get("V", 1), size.batch)
+        dtype = ops.state_dtype(like.dtype)
+        values = {f: _spread(given[f.name].to(dtype), f, self.extents) for f in c.inputs}
+        values = {f: x * plan.scale if f.name == "q" else x for f, x in values.items()}
+        super().__init__(values, self.extents, dtype, like.device)
+        self.like = like
+
+    def _number(self, value: float) -> Any:
+        return value
+
+    def _evaluate(self, expr: sympy.Basic) -> Any:
+        if isinstance(expr, Sum) and not isinstance(self(expr.body), Tensor):
+            return self(expr.body) * (self.extents.K if expr.dim == "K" else self.extents.V)
+        return super()._evaluate(expr)
+
+    def tile(self, expr: sympy.Expr, *dims: str) -> Tensor:
+        """The value with all of its tokens, and with all of the named dimensions."""
+        n = self.extents
+        value = self(expr)
+        value = value if isinstance(value, Tensor) else self.like.new_full((1,) * 5, value, dtype=self.dtype)
+        value = value.reshape((1,) * 5) if value.dim() == 0 else value
+        k, v = (getattr(n, d) if d in dims else value.shape[i] for i, d in ((-2, "K"), (-1, "V")))
+        return value.expand(n.B, n.T, n.HV, k, v)
+
+    def total(self, expr: sympy.Expr) -> Tensor:
+        """The sum over the tokens, (B, HV, …); factors that do not vary over them stand outside of it."""
+        parts = []
+        for term in sympy.Add.make_args(expand(expr)):
+            factors = sympy.Mul.make_args(term)
+            inner = sympy.Mul(*(f for f in factors if any(x.per == "token" for x in f.atoms(Field))))
+            outer = self(sympy.Mul(*(f for f in factors if not any(x.per == "token" for x in f.atoms(Field)))))
+            parts.append(self.tile(inner).sum(1) * (outer[:, 0] if isinstance(outer, Tensor) and outer.dim() else outer))
+        return functools.reduce(torch.add, parts)
+
+
+def _suffix(g: Tensor) -> Tensor:
+    """Sums over the later tokens."""
+    later = torch.cat([g[:, 1:], torch.zeros_like(g[:, :1])], 1)
+    return later.flip(1).cumsum(1).flip(1)
+
+
+def _prefix(g: Tensor, before: bool) -> Tensor:
+    """Sums over the tokens so far; `before`: without the present one."""
+    return torch.cat([torch.zeros_like(g[:, :1]), g[:, :-1]], 1).cumsum(1) if before else g.cumsum(1)
+
+
+def _product(keys: Tensor, values: Tensor) -> Tensor:
+    """Σ_s keyᵀ value, (B, HV, K, V)."""
+    return keys.squeeze(-1).permute(0, 2, 3, 1) @ values.squeeze(-2).transpose(1, 2)
+
+
+# --- what is sent
+
+
+def _summary(inputs: Sequence[Tensor], spec: str) -> Tensor:
+    """(B, HV, n): T and B of a method without reads, from the canonical form alone."""
+    plan = ops.plan_of(spec)
+    c, at = plan.canonical, _Values(plan, inputs)
+    gk, gv, turn = (None if part is None else at.tile(part) for part in (c.decay_k, c.decay_v, c.phase))
+    decay_k, decay_v = (None if g is None else _suffix(g).exp() for g in (gk, gv))
+    states = [0.0] * len(c.states)
+    for write in c.writes:
+        key, value = at.tile(write.key, "K"), at.tile(write.value, "V")
+        key = key if decay_k is None else key * decay_k
+        value = value if decay_v is None else value * decay_v
+        angle = None if turn is None else _suffix(turn)
+        for i, field in enumerate(c.states):
+            if field.name == "Z":
+                one = write.value.xreplace({f: sympy.S.One for f in inputs_of(write.value) if f.name == "v"})
+                states[i] = states[i] + _product(key, at.tile(one))
+                continue
+            turned = key if angle is None else key * (angle.cos() if field.name == "M" else angle.sin())
+            states[i] = states[i] + _product(turned, value)
+    return _packed(at, [at.total(part) for part in _linear(c)], states, plan)
+
+
+def _packed(at: _Values, linear: Sequence[Tensor], states: Sequence[Any], plan: Plan) -> Tensor:
+    n = at.extents
+    full = [x.expand(n.B, n.HV, *(getattr(n, d) if d in _dims(p) else 1 for d in ("K", "V")))
+            for x, p in zip(linear, _linear(plan.canonical), strict=True)]
+    return torch.cat([x.flatten(2) for x in (*full, *states)], 2)
+
+
+def _remembered(inputs: Sequence[Tensor], states: Sequence[Tensor], spec: str) -> Tensor:
+    """(B, HV, n) for "again": total log decays, and the memories after a run from zero."""
+    plan = ops.plan_of(spec)
+    at = _Values(plan, inputs)
+    return _packed(at, [at.total(part) for part in _linear(plan.canonical)], states, plan)
+
+
+def _columns(inputs: Sequence[Tensor], spec: str) -> list[Tensor]:
+    """[o(0), P, the summary] of a method with reads: one run, with the memory I in columns of their own."""
+    plan = ops.plan_of(spec)
+    size = ops.extents(plan, inputs)
+    fields = {f.name: f for f in plan.canonical.inputs}
+    K, V, many = size.dims["K"], size.dims["V"], len(plan.carries)
+    wider = [torch.nn.functional.pad(x, (0, many * K)) if "V" in fields[name].dims else x
+             for name, x in zip(plan.inputs, inputs, strict=True)]
+    one = torch.eye(many * K, dtype=ops.state_dtype(size.like.dtype), device=size.like.device)
+    start = [torch.nn.functional.pad(rows, (V, 0)).expand(size.batch, size.heads, K, V + many * K)
+             for rows in one.split(K)]
+    o, *ends = torch.ops.lsmc.fwd.default(wider, [s.contiguous() for s in start], None, spec)
+    made = torch.cat([e[..., V:] for e in ends], 2).flatten(2), torch.cat([e[..., :V] for e in ends], 2).flatten(2)
+    return [o[..., :V].contiguous(), o[..., V:].contiguous(), torch.cat(made, 2)]
+
+
+# --- what comes in
+
+
+def _incoming(parts: Tensor, start: Sequence[Tensor], rank: Tensor | None, size: int, sizes: Sequence[int],
+              spec: str) -> list[Tensor]:
+    """The memories before the first token of this rank, from what all ranks sent, (size · B, HV, n); after the last of all
+    tokens where there is no `rank`. `sizes` are K and V."""
+    c, columns = ops.plan_of(spec).canonical, way(spec)[0] == "columns"
+    extent = dict(zip("KV", sizes))
+    shapes = [(extent["K"], extent["V"] if "V" in f.dims else 1) for f in c.states]
+    many = len(shapes)
+    linear = ([(many * extent["K"],) * 2] if columns
+              else [tuple(extent[d] if d in _dims(p) else 1 for d in "KV") for p in _linear(c)])
+    parts = parts.unflatten(0, (size, -1))
+    states = list(start) or [parts.new_zeros(*parts.shape[1:3], *shape) for shape in shapes]
+    for r in range(size):
+        *moves, = (x.unflatten(2, s) for x, s in zip(parts[r].split([a * b for a, b in (*linear, *shapes)], 2),
+                                                     (*linear, *shapes), strict=True))
+        added = moves[len(linear) :]
+        new = (moves[0] @ torch.cat(states, 2)).split(extent["K"], 2) if columns else _decayed(c, moves, states)
+        new = [x + y for x, y in zip(new, added, strict=True)]
+        states = new if rank is None else [torch.where(r < rank, x, y) for x, y in zip(new, states, strict=True)]
+    return states
+
+
+def _decayed(c: Canonical, linear: Sequence[Tensor], states: Sequence[Tensor]) -> list[Tensor]:
+    """The memories after the total decays and angles of a rank."""
+    total = dict(zip(_linear(c), linear))
+    memory = {f.name: x for f, x in zip(c.states, states, strict=True)}
+    if c.phase is not None:
+        cos, sin = total[c.phase].cos(), total[c.phase].sin()
+        memory["M"], memory["I"] = memory["M"] * cos - memory["I"] * sin, memory["M"] * sin + memory["I"] * cos
+    for part in (c.decay_k, c.decay_v, c.decay_kv):
+        if part is not None:
+            factor = total[part].exp()
+            memory = {n: x if n == "Z" and part != c.decay_k else x * factor for n, x in memory.items()}
+    return [memory[f.name] for f in c.states]
+
+
+# --- the correction
+
+
+def _corrected(o: Tensor, inputs: Sequence[Tensor], states: Sequence[Tensor], spec: str) -> Tensor:
+    """o(S) from o(0) for a method without reads: what the queries find of S, decayed up to their tokens, in 16 bits where o
+    is."""
+    plan = ops.plan_of(spec)
+    c, at = plan.canonical, _Values(plan, inputs)
+    memory = {f.name: x for f, x in zip(c.states, states, strict=True)}
+    gk, gv, turn = (None if part is None else at.tile(part) for part in (c.decay_k, c.decay_v, c.phase))
+
+    def read(key: Tensor, name: str) -> Tensor:
+        found = key.squeeze(-1).transpose(1, 2).to(o.dtype) @ memory[name].to(o.dtype)
+        return found.transpose(1, 2).to(at.dtype).unsqueeze(-2)
+
+    for query in c.queries:
+        before = query.at == "previous"
+        key = at.tile(query.key, "K")
+        key = key if gk is None else key * _prefix(gk, before).exp()
+        if query.of == "Z":
+            found = read(key, "Z")
+        elif turn is None:
+            found = read(key, "M")
+        else:
+            angle = _prefix(turn, before)
+            found = read(key * angle.cos(), "M") - read(key * angle.sin(), "I")
+        at.done[query.symbol] = found if gv is None or query.of == "Z" else found * _prefix(gv, before).exp()
+    rest = c.output.xreplace({q.symbol: sympy.S.Zero for q in c.queries})
+    found = at.tile(expand(c.output - rest), "V").squeeze(-2)
+    return o + found.to(o.dtype)
+
+
+def _through(o: Tensor, through: Tensor, states: Sequence[Tensor]) -> Tensor:
+    """o(0) + P S for a method with reads."""
+    memory = torch.cat([s.to(o.dtype) for s in states], 2)
+    return o + (through.transpose(1, 2).to(o.dtype) @ memory).transpose(1, 2)
+
+
+def _exact(function: Any) -> Any:
+    """No autocast inside: memories are float32."""
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        first = args[0] if isinstance(args[0], Tensor) else args[0][0]
+        with ops._as_given(first.device):
+            return function(*args)
+
+    return run
+
+
+for _signature, _function in {
+    "summary(Tensor[] inputs, str spec) -> Tensor": _summary,
+    "remembered(Tensor[] inputs, Tensor[] states, str spec) -> Tensor": _remembered,
+    "columns(Tensor[] inputs, str spec) -> Tensor[]": _columns,
+    "incoming(Tensor parts, Tensor[] start, Tensor? rank, int size, int[] sizes, str spec) -> Tensor[]": _incoming,
+    "corrected(Tensor o, Tensor[] inputs, Tensor[] states, str spec) -> Tensor": _corrected,
+    "through(Tensor o, Tensor through, Tensor[] states) -> Tensor": _through,
+}.items():
+    _library.define(_signature)
+    _library.impl(_signature.partition("(")[0], _exact(_function), "CompositeImplicitAutograd")
+
+__all__ = ["message", "way"]

@@ -1,0 +1,133 @@
+"""What ranks exchange: torch's functional collectives as nodes of a graph, each beside its adjoint.
+
+A value is *whole* (the same on all ranks of an axis), *split* (each rank holds its part) or *partial* (the sum over the
+ranks is meant). A cotangent of a whole value is whole, of a split value split. Then
+
+| forward | of → to | adjoint |
+|---|---|---|
+| `shared`: nothing | whole, used with what is split → whole | `summed` |
+| `summed`: all-reduce | partial → whole | `shared` |
+| `part`: own slice | whole → split | `whole` |
+| `whole`: all-gather | split → whole | `part` |
+| `gather`: all-gather | split → all parts, which each rank uses in its own way | `scatter` |
+| `scatter`: reduce-scatter | all parts, partial → split | `gather` |
+
+so that every gradient is that of one process, whoever computes it. `gather` and `scatter` are issued: what stands between
+them and `arrived` overlaps. All take any tensor, real, fake or `Value`; the graph is the same on all ranks, since the
+rank is a value, `rank`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lsmc.runtime.mesh import Axis
+
+_collectives = torch.ops._c10d_functional
+_library = torch.library.Library("lsmc", "FRAGMENT")
+
+
+@torch.library.custom_op("lsmc::rank", mutates_args=())
+def _rank(like: Tensor, group: str) -> Tensor:
+    """The place of this process in a group, () int64, on the device of `like`."""
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    return torch.full((), _resolve_process_group(group).rank(), dtype=torch.int64, device=like.device)
+
+
+@_rank.register_fake
+def _(like: Tensor, group: str) -> Tensor:
+    return torch.empty((), dtype=torch.int64, device=like.device)
+
+
+def _sum(x: Tensor, group: str) -> Tensor:
+    return _collectives.wait_tensor.default(_collectives.all_reduce.default(x.contiguous(), "sum", group))
+
+
+def _slice(x: Tensor, dim: int, size: int, group: str) -> Tensor:
+    n = x.shape[dim] // size
+    index = torch.arange(n, device=x.device) + n * torch.ops.lsmc.rank.default(x, group)
+    return x.index_select(dim, index)
+
+
+def _join(x: Tensor, dim: int, size: int, group: str) -> Tensor:
+    pending = _collectives.all_gather_into_tensor.default(x.contiguous(), size, group)
+    return _beside(_collectives.wait_tensor.default(pending), size, dim)
+
+
+def _beside(x: Tensor, size: int, dim: int) -> Tensor:
+    """Parts that lie one behind the other along the first dimension, along `dim` instead."""
+    return x if dim == 0 else x.unflatten(0, (size, -1)).movedim(0, dim).flatten(dim, dim + 1)
+
+
+def _define(signature: str, forward: Any, adjoint: Any) -> None:
+    """An operator that is traced through, with a derivative of its own: `adjoint` takes what `forward` takes."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
+            ctx.args = args
+            return forward(x, *args)
+
+        @staticmethod
+        def backward(ctx: Any, d: Tensor) -> tuple[Any, ...]:
+            return (adjoint(d, *ctx.args), *(None for _ in ctx.args))
+
+    name = _library.define(signature)
+    _library.impl(name.split("::")[-1], lambda x, *args: Function.apply(x, *args), "CompositeImplicitAutograd")
+
+
+def _same(x: Tensor, group: str) -> Tensor:
+    return x.view_as(x)
+
+
+_define("shared(Tensor x, str group) -> Tensor", _same, _sum)
+_define("summed(Tensor x, str group) -> Tensor", _sum, _same)
+_define("part(Tensor x, int dim, int size, str group) -> Tensor", _slice, _join)
+_define("whole(Tensor x, int dim, int size, str group) -> Tensor", _join, _slice)
+
+
+def rank(like: Any, axis: Axis) -> Any:
+    """The rank along an axis, () int64: a value, never a constant of the graph."""
+    return torch.ops.lsmc.rank.default(like, axis.group)
+
+
+def shared(x: Any, axis: Axis) -> Any:
+    """A whole value about to meet split ones: itself; its cotangents are summed over the ranks."""
+    return torch.ops.lsmc.shared.default(x, axis.group)
+
+
+def summed(x: Any, axis: Axis) -> Any:
+    """The sum over the ranks, on every rank."""
+    return torch.ops.lsmc.summed.default(x, axis.group)
+
+
+def part(x: Any, dim: int, axis: Axis) -> Any:
+    """This rank's part of a whole value along `dim`."""
+    return torch.ops.lsmc.part.default(x, dim, axis.size, axis.group)
+
+
+def whole(x: Any, dim: int, axis: Axis) -> Any:
+    """All parts side by side along `dim`, a whole value."""
+    return torch.ops.lsmc.whole.default(x, dim, axis.size, axis.group)
+
+
+def gather(x: Any, axis: Axis) -> Any:
+    """Issue: all parts behind each other along the first dimension, for each rank to use in its own way."""
+    return _collectives.all_gather_into_tensor.default(x.contiguous(), axis.size, axis.group)
+
+
+def scatter(x: Any, axis: Axis) -> Any:
+    """Issue: the sum over the ranks, of which each keeps its part of the first dimension."""
+    return _collectives.reduce_scatter_tensor.default(x.contiguous(), "sum", axis.size, axis.group)
+
+
+def arrived(x: Any) -> Any:
+    """What was issued, once it is there."""
+    return _collectives.wait_tensor.default(x)
+
+
+__all__ = ["arrived", "gather", "part", "rank", "scatter", "shared", "summed", "whole"]

@@ -1,0 +1,119 @@
+"""Collectives enter the graph: the plans of a mesh, in a listed order, each `graph → graph` with a log of what it changed.
+
+A plan spreads a graph that means whole tensors over one axis. It rewrites what Dynamo captured, before autograd: the
+backward collectives come from `lsmc.runtime.collectives`, and caches see the graph as it runs. Plans write new nodes with
+a `Writer`, whose values know their shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx import Graph, GraphModule, Node, Proxy
+from torch.fx.proxy import GraphAppendingTracer
+
+from lsmc.runtime.mesh import Axis
+
+Plan = Callable[[GraphModule, Axis], list[str]]
+"""Spreads a graph, with the graphs nested in it, over an axis; says what it changed."""
+
+
+def passes(axes: Mapping[str, Axis], plans: Iterable[tuple[str, str, Plan]]) -> dict[str, Callable[[GraphModule], list[str]]]:
+    """The passes that a mesh needs, by name, in the order of the plans (name, axis, plan)."""
+    def on(plan: Plan, axis: Axis) -> Callable[[GraphModule], list[str]]:
+        return lambda module: plan(module, axis)
+
+    return {name: on(plan, axes[axis]) for name, axis, plan in plans if axis in axes}
+
+
+class Value(Proxy):
+    """A node under construction that has the shape, type and device of what it will compute."""
+
+    @property
+    def example(self) -> Any:
+        return self.node.meta["example_value"]
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.example.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.example.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.example.device
+
+    @property
+    def ndim(self) -> int:
+        return self.example.ndim
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.example.requires_grad
+
+    def dim(self) -> int:
+        return self.ndim
+
+
+class Writer(GraphAppendingTracer):
+    """Appends nodes to a graph and works out at once, on fake tensors, what they compute.
+
+    `origin` is the node that is being rewritten: new nodes take over its place in the user's source.
+    """
+
+    def __init__(self, graph: Graph, mode: FakeTensorMode) -> None:
+        super().__init__(graph)
+        self.mode = mode
+        self.origin: Node | None = None
+
+    def proxy(self, node: Node) -> Value:
+        return Value(node, self)
+
+    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None,
+                    type_expr: Any = None) -> Node:  # fmt: skip
+        node = super().create_node(kind, target, args, kwargs, name, type_expr)
+        if self.origin is not None:
+            node.meta |= {k: v for k, v in self.origin.meta.items() if k != "example_value"}
+        if kind in ("call_function", "call_method"):
+            node.meta["example_value"] = self._computed(node)
+        return node
+
+    def _computed(self, node: Node) -> Any:
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
+        with self.mode:
+            if node.op == "call_method":
+                return getattr(args[0], node.target)(*args[1:], **kwargs)  # type: ignore[arg-type]
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def call(self, node: Node, args: Any, kwargs: Any) -> Value:
+        """The same call as `node`, of other arguments."""
+        made: Value = self.create_proxy(node.op, node.target, tuple(args), kwargs)
+        return made
+
+
+def mode_of(module: GraphModule) -> FakeTensorMode:
+    """The mode of the example values, which is not the one that is active while a backend runs."""
+    for node in module.graph.nodes:
+        value = node.meta.get("example_value")
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def example(node: Node) -> Any:
+    """What a node was seen to compute; None where that is no tensor and holds none."""
+    return node.meta.get("example_value")
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """The tensors of a nested value, in order."""
+    return [x for x in torch.utils._pytree.tree_leaves(value) if isinstance(x, Tensor)]
+
+
+__all__ = ["Plan", "Value", "Writer", "example", "mode_of", "passes", "tensors"]

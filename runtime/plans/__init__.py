@@ -1,0 +1,15 @@
+"""One file for each way of spreading a graph over an axis; `PLANS` lists them in the order in which they run.
+
+A plan is `(module, axis) → what it changed`: it rewrites a graph that means whole tensors.
+"""
+
+from __future__ import annotations
+
+from lsmc.runtime.insert import Plan
+from lsmc.runtime.plans.batch import spread_batch
+from lsmc.runtime.plans.sequence import spread_sequence
+
+PLANS: tuple[tuple[str, str, Plan], ...] = (("batch", "dp", spread_batch), ("sequence", "sp", spread_sequence))
+"""The name of a plan among the graph passes, the axis that it serves, and its function."""
+
+__all__ = ["PLANS"]

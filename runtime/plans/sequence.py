@@ -1,0 +1,139 @@
+"""Sequence parallelism: axis "sp" deals out the tokens, dimension 1 of the inputs.
+
+| in the graph | becomes |
+|---|---|
+| an LSM operator | its run from a zero memory, a gather of summaries whose size does not depend on the tokens, and a correction:
+                    `lsmc.lowering.split` |
+| causal attention | a gather of k and v, the mask of this rank's rows |
+| a convolution's padding with zeros | the last tokens of the rank before |
+| positions | this rank's |
+| sums and means over tokens | the same over all ranks |
+| what is known to treat tokens one by one | itself |
+| anything else | an error that names it |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.nn import functional as F
+
+from lsmc.errors import LsmError
+from lsmc.lowering import ops
+from lsmc.lowering.split import way
+from lsmc.runtime import collectives
+from lsmc.runtime.insert import Value
+from lsmc.runtime.mesh import Axis
+from lsmc.runtime.spread import RULES, Spread, attention, batched
+
+
+def spread_sequence(module: GraphModule, axis: Axis) -> list[str]:
+    """Each rank computes its share of the tokens, and what it needs of the others' it gathers."""
+    return Spread(axis, 1, RULES | {"lsmc.fwd": operator, "scaled_dot_product_attention": causal, "pad": padded}).run(module)
+
+
+def operator(s: Spread, node: Node, inputs: Sequence[Value], start: Sequence[Value], cu_seqlens: Any, spec: str) -> Any:
+    """[o, final memories…] of an LSM operator: o is split, the memories are those after the last of all tokens."""
+    places = [split for v in inputs if (split := s.of(v)) is not None]
+    if places and all(split.dim == 0 for split in places):
+        return batched(s, node, inputs, start, cu_seqlens, spec)
+    plan = ops.plan_of(spec)
+    tokens = {f.name for f in plan.canonical.inputs if f.per == "token"}
+    given = []
+    for name, v in zip(plan.inputs, inputs, strict=True):
+        split = s.of(v)
+        if name in tokens and split is None:
+            v = s.taken(v, 1)
+        elif split is not None and (name not in tokens or (split.dim, split.outer, split.ahead) != (1, 1, 0)):
+            raise s.refused(node, f"has parts of {name!r} that are not its tokens")
+        given.append(s.used(v) if name not in tokens else v)
+    if cu_seqlens is not None:
+        raise s.refused(node, "has packed sequences (cu_seqlens), whose ends may lie on any rank")
+    if any(s.of(v) is not None for v in start):
+        raise s.refused(node, "has parts of the initial state")
+    try:
+        kind, twice = way(spec)
+    except LsmError as error:
+        raise s.refused(node, f"cannot pass its memory on: {error.rule}") from None
+    lsmc, sizes = torch.ops.lsmc, ops.extents(plan, [v.example for v in inputs])
+    options = s.axis.size, [sizes.dims["K"], sizes.dims["V"]], spec
+    first = [s.used(v) for v in start]
+    o = through = None
+    if kind == "sums":
+        pack = lsmc.summary.default(given, spec)
+        pending = collectives.gather(pack, s.axis)
+        o = None if twice else lsmc.fwd.default(given, [], None, spec)[0]  # while the summaries are under way
+    elif kind == "columns":
+        made = lsmc.columns.default(given, spec)
+        o, through, pack = made[0], made[1], made[2]
+        pending = collectives.gather(pack, s.axis)
+    else:
+        alone = lsmc.fwd.default(given, [], None, spec)
+        pack = lsmc.remembered.default(given, [alone[i + 1] for i in range(len(plan.carries))], spec)
+        pending = collectives.gather(pack, s.axis)
+    states = lsmc.incoming.default(collectives.arrived(pending), first, s.rank(), *options)
+    states = [states[i] for i in range(len(plan.carries))]
+    if twice or o is None:
+        o = lsmc.fwd.default(given, states, None, spec)[0]
+    elif through is None:
+        o = lsmc.corrected.default(o, given, states, spec)
+    else:
+        o = lsmc.through.default(o, through, states)
+    s.changes.append(f"{node.name}: {plan.name} exchanges {pack.shape[-1]} numbers per head over {s.axis}")
+    results = [s.mark(o, replace(places[0], dim=1))]
+    if any(user.args[1] != 0 for user in node.users):
+        after = lsmc.incoming.default(collectives.whole(pack, 0, s.axis), list(start), None, *options)
+        results += [after[i] for i in range(len(plan.carries))]
+    return tuple(results)
+
+
+def causal(s: Spread, node: Node, q: Value, k: Value, v: Value, attn_mask: Any = None, dropout_p: float = 0.0,
+           is_causal: bool = False, **kwargs: Any) -> Value:
+    """Softmax attention over all tokens: the keys and values of all ranks, the rows of this one."""
+    split = s.only(node, q, k, v)
+    if split.dim != -2:
+        return attention(s, node, q, k, v, attn_mask, dropout_p, is_causal, **kwargs)
+    if dropout_p or any(s.of(x) is None for x in (q, k, v)) or split.outer > 1 or split.ahead:
+        raise s.refused(node, "has dropout" if dropout_p else "meets keys that are not split as its queries are")
+    n, many = q.shape[-2], s.axis.size
+    pending = collectives.gather(torch.stack([k, v]) if k.shape == v.shape else torch.cat([k, v], -1)[None], s.axis)
+    parts = collectives.arrived(pending).unflatten(0, (many, -1)).movedim(0, -3).flatten(-3, -2)
+    k, v = (parts[0], parts[1]) if k.shape == v.shape else (parts[0][..., : k.shape[-1]], parts[0][..., k.shape[-1] :])
+    if is_causal:
+        rows = s.writer.create_proxy("call_function", torch.arange, (n,), {"device": q.device}) + s.rank() * n
+        columns = s.writer.create_proxy("call_function", torch.arange, (n * many,), {"device": q.device})
+        late = rows[:, None] < columns
+        attn_mask = torch.zeros_like(late, dtype=q.dtype).masked_fill(late, float("-inf"))
+    elif attn_mask is not None and s.of(attn_mask) is None and attn_mask.ndim > 1 and attn_mask.shape[-2] != 1:
+        attn_mask = s.taken(attn_mask, attn_mask.ndim - 2)
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, **kwargs)
+    return s.mark(o, replace(split, dim=o.ndim - 2))
+
+
+def padded(s: Spread, node: Node, x: Value, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Value:
+    """Zeros before the first token are, on a rank, the last tokens of the rank before."""
+    split = s.of(x)
+    i = 2 * (x.ndim - 1 - split.dim)
+    left, right = pad[i : i + 2] if len(pad) > i else (0, 0)
+    rest = [0 if j in (i, i + 1) else n for j, n in enumerate(pad)]
+    x = s.mark(F.pad(x, rest, mode, value), split) if any(rest) else x
+    if (left, right) == (0, 0):
+        return x
+    if mode != "constant" or value or left < 0 or right not in (0, -left) or split.outer > 1 or split.ahead:
+        raise s.refused(node, "adds entries to the dimension that holds them")
+    n = x.shape[split.dim]
+    if left > n:
+        raise s.refused(node, f"looks back {left} tokens, and a rank has {n}")
+    tail = x.narrow(split.dim, n - left, left)
+    tails = collectives.arrived(collectives.gather(tail, s.axis)).unflatten(0, (s.axis.size, -1))
+    ranks = s.writer.create_proxy("call_function", torch.arange, (s.axis.size,), {"device": x.device})
+    before = (ranks == s.rank() - 1).reshape((-1,) + (1,) * x.ndim)
+    tail = torch.where(before, tails, torch.zeros_like(tails)).sum(0)
+    return s.mark(torch.cat([tail, x.narrow(split.dim, 0, n + right)], split.dim), replace(split, ahead=left + right))
+
+
+__all__ = ["spread_sequence"]
