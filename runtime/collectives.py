@@ -63,6 +63,45 @@ def _beside(x: Tensor, size: int, dim: int) -> Tensor:
     return x if dim == 0 else x.unflatten(0, (size, -1)).movedim(0, dim).flatten(dim, dim + 1)
 
 
+def _pieces(spans: list[int], total: int) -> list[tuple[int, int, bool]]:
+    """Start, stop and whether it is dealt out, for the spans (a, b, a, b, …) of a dimension and what lies between them."""
+    found, at = [], 0
+    for a, b in zip(spans[::2], spans[1::2]):
+        found += [(at, a, False), (a, b, True)]
+        at = b
+    return [piece for piece in (*found, (at, total, False)) if piece[0] < piece[1]]
+
+
+def _deal(x: Tensor, dim: int, spans: list[int], size: int, group: str) -> Tensor:
+    places = []
+    for a, b, dealt in _pieces(spans, x.shape[dim]):
+        n = (b - a) // size if dealt else b - a
+        start = a + n * torch.ops.lsmc.rank.default(x, group) if dealt else a
+        places.append(start + torch.arange(n, device=x.device))
+    return x.index_select(dim, torch.cat(places))
+
+
+def _rejoin(x: Tensor, dim: int, spans: list[int], size: int, group: str, add: bool = False) -> Tensor:
+    """Inverse of `_deal`; of what was not dealt out, the sum over the ranks, or what the first has."""
+    pending = _collectives.all_gather_into_tensor.default(x.contiguous(), size, group)
+    parts = _collectives.wait_tensor.default(pending).unflatten(0, (size, -1))
+    dealt_out = sum(b - a for a, b in zip(spans[::2], spans[1::2]))
+    pieces, at = [], 0
+    for a, b, dealt in _pieces(spans, x.shape[dim] + dealt_out - dealt_out // size):
+        n = (b - a) // size if dealt else b - a
+        piece = parts.narrow(dim + 1, at, n)
+        if dealt:
+            pieces.append(piece.movedim(0, dim).flatten(dim, dim + 1))
+        else:
+            pieces.append(piece.sum(0) if add else piece[0])
+        at += n
+    return torch.cat(pieces, dim)
+
+
+def _rejoin_sum(x: Tensor, dim: int, spans: list[int], size: int, group: str) -> Tensor:
+    return _rejoin(x, dim, spans, size, group, add=True)
+
+
 def _define(signature: str, forward: Any, adjoint: Any) -> None:
     """An operator that is traced through, with a derivative of its own: `adjoint` takes what `forward` takes."""
 
@@ -89,6 +128,24 @@ _define("summed(Tensor x, str group) -> Tensor", _sum, _same)
 _define("part(Tensor x, int dim, int size, str group) -> Tensor", _slice, _join)
 _define("whole(Tensor x, int dim, int size, str group) -> Tensor", _join, _slice)
 
+_define("dealt(Tensor x, int dim, int[] spans, int size, str group) -> Tensor", _deal, _rejoin_sum)
+_define("joined(Tensor x, int dim, int[] spans, int size, str group) -> Tensor", _rejoin, _deal)
+
+
+def _sum_rest(d: Tensor, dim: int, spans: list[int], size: int, group: str) -> Tensor:
+    total = d.shape[dim] + sum(b - a - (b - a) // size for a, b in zip(spans[::2], spans[1::2]))
+    pieces, at = [], 0
+    for a, b, dealt in _pieces(spans, total):
+        n = (b - a) // size if dealt else b - a
+        piece = d.narrow(dim, at, n)
+        pieces.append(piece if dealt else _sum(piece, group))
+        at += n
+    return torch.cat(pieces, dim)
+
+
+_define("kept(Tensor x, int dim, int[] spans, int size, str group) -> Tensor",
+        lambda x, dim, spans, size, group: x.view_as(x), _sum_rest)  # fmt: skip
+
 
 def rank(like: Any, axis: Axis) -> Any:
     """The rank along an axis, () int64: a value, never a constant of the graph."""
@@ -113,6 +170,21 @@ def part(x: Any, dim: int, axis: Axis) -> Any:
 def whole(x: Any, dim: int, axis: Axis) -> Any:
     """All parts side by side along `dim`, a whole value."""
     return torch.ops.lsmc.whole.default(x, dim, axis.size, axis.group)
+
+
+def dealt(x: Any, dim: int, spans: list[int], axis: Axis) -> Any:
+    """Of each span (a, b, a, b, …) along `dim` this rank's part, and what lies between spans, which is inner."""
+    return torch.ops.lsmc.dealt.default(x, dim, spans, axis.size, axis.group)
+
+
+def joined(x: Any, dim: int, spans: list[int], axis: Axis) -> Any:
+    """Inverse of `dealt`."""
+    return torch.ops.lsmc.joined.default(x, dim, spans, axis.size, axis.group)
+
+
+def kept(x: Any, dim: int, spans: list[int], axis: Axis) -> Any:
+    """What `dealt` makes of what `joined` makes of `x`: itself; cotangents of what lies between spans are summed."""
+    return torch.ops.lsmc.kept.default(x, dim, spans, axis.size, axis.group)
 
 
 def gather(x: Any, axis: Axis) -> Any:

@@ -561,7 +561,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty", "lsmc.rank"), made),
     **dict.fromkeys(("sum", "mean"), reduction),
     **dict.fromkeys(("softmax", "log_softmax", "logsumexp", "cumsum", "cumprod", "glu", "select", "gather", "lsmc.part",
-                     "lsmc.whole", "narrow"), along(1, -1)),
+                     "lsmc.whole", "lsmc.dealt", "lsmc.joined", "lsmc.kept", "narrow"), along(1, -1)),
     **dict.fromkeys(("amax", "amin", "prod", "any", "all", "argmax", "argmin", "var", "std", "flip"), along(1, None)),
     **dict.fromkeys(("sort", "argsort"), along(1, -1)), **dict.fromkeys(("topk",), along(2, -1)),
     **dict.fromkeys(("norm", "vector_norm"), along(2, None)), "normalize": along(2, 1), "unbind": along(1, 0),

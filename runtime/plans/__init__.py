@@ -8,8 +8,13 @@ from __future__ import annotations
 from lsmc.runtime.insert import Plan
 from lsmc.runtime.plans.batch import spread_batch
 from lsmc.runtime.plans.sequence import spread_sequence
+from lsmc.runtime.plans.tensor import deal_heads
 
-PLANS: tuple[tuple[str, str, Plan], ...] = (("batch", "dp", spread_batch), ("sequence", "sp", spread_sequence))
+PLANS: tuple[tuple[str, str, Plan], ...] = (
+    ("tensor", "tp", deal_heads),
+    ("batch", "dp", spread_batch),
+    ("sequence", "sp", spread_sequence),
+)
 """The name of a plan among the graph passes, the axis that it serves, and its function."""
 
 __all__ = ["PLANS"]
