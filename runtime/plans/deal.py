@@ -119,7 +119,7 @@ class Deal:
             if want == WHOLE:
                 made = self._to_whole(node, have, x)
             else:
-                whole = self.take(node, WHOLE)
+                whole = x if have == WHOLE else self.take(node, WHOLE)
                 made = collectives.shared(whole, self.axis) if want == INNER else self._deal(whole, want)
             self.converted[node, want] = made
         return self.converted[node, want]
