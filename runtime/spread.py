@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,6 +46,8 @@ class Split:
         n = shape[self.dim]
         return (*shape[: self.dim], (n - self.ahead) // ranks + self.ahead, *shape[self.dim + 1 :])
 
+
+_TORCH = str(Path(torch.__file__).parent)
 
 Rule = Callable[..., Any]
 """rule(spread, node, *args, **kwargs): the value of `node` for parts, its place marked; a tuple of them where it has several."""
@@ -127,21 +130,22 @@ class Spread:
         return result
 
     def _inputs(self, nodes: Sequence[Node]) -> list[Node]:
-        """The inputs that are split: of at least two dimensions, (B, T, …), all of one size."""
-        found: list[Node] = []
+        """The inputs that are split: tensors (B, T, …) with the B and T that most of them have."""
+        leading: dict[tuple[int, ...], list[Node]] = {}
         for node in nodes:
             x = example(node)
             if isinstance(x, Tensor) and not isinstance(x, torch.nn.Parameter) and "_buffers_" not in node.name and x.ndim > 1:
                 if any(not isinstance(n, int) for n in x.shape):
-                    raise LsmMeshError(f"{node.name} has a symbolic size beside a mesh", help="leave out mark_dynamic")
-                if not found or x.shape[:2] == example(found[0]).shape[:2]:
-                    found.append(node)
+                    raise LsmMeshError(f"{_shown(node)} has a size that is not known before it runs", help="leave out mark_dynamic")
+                leading.setdefault(tuple(x.shape[:2]), []).append(node)
         what = AXES[self.axis.name]
-        if not found:
+        if not leading:
             raise LsmMeshError(f"no argument of the model holds {what}, which axis {self.axis.name!r} splits",
                                help="pass a tensor (B, T, …)")
-        self.axis.share(example(found[0]).shape[self.dim], f"the size of {what} in {found[0].name}")
-        self.changes.append(f"{', '.join(n.name for n in found)}: {self.axis.size} parts of dimension {self.dim}")
+        found = max(leading.values(), key=len)
+        names = ", ".join(map(_shown, found))
+        self.axis.share(example(found[0]).shape[self.dim], f"the size of {what}, dimension {self.dim} of {names},")
+        self.changes.append(f"dimension {self.dim} of {names} is dealt out to {self.axis.size} ranks")
         return found
 
     def _call(self, node: Node) -> Any:
@@ -290,9 +294,15 @@ class Spread:
     def refused(self, node: Node, why: str) -> LsmMeshError:
         """The error for a node that does not keep parts apart."""
         trace = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
-        last = max((i for i, line in enumerate(trace) if line.startswith("File ")), default=None)
+        users = [i for i, line in enumerate(trace) if line.startswith("File ") and _TORCH not in line]
+        last = max(users, default=None)
         place = "" if last is None else "".join(f"\n    {line.removeprefix('File ')}" for line in trace[last : last + 2])
         return LsmMeshError(f"axis {self.axis.name!r} splits {AXES[self.axis.name]}, and {name_of(node)} {why}{place}")
+
+
+def _shown(node: Node) -> str:
+    """The name of an argument."""
+    return node.name.removeprefix("l_").removesuffix("_")
 
 
 def _values(nested: Any) -> list[Value]:
@@ -457,6 +467,14 @@ def embedding(s: Spread, node: Node, index: Value, weight: Value, *args: Any, **
     return s.again(node, (index, weight, *args), kwargs, s.of(index))
 
 
+def padded(s: Spread, node: Node, x: Value, pad: Sequence[int], *args: Any, **kwargs: Any) -> Value:
+    """Entries beside those that are there, along another dimension."""
+    split = s.of(x)
+    if any(pad[i : i + 2] if (i := 2 * (x.ndim - 1 - split.dim)) < len(pad) else ()):
+        raise s.refused(node, "adds entries to the dimension that holds them")
+    return s.again(node, (x, pad, *args), kwargs, split)
+
+
 def made(s: Spread, node: Node, *args: Any, **kwargs: Any) -> Value:
     """New tensors of a given size: whole."""
     return s.writer.call(node, args, kwargs)
@@ -569,7 +587,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("rms_norm", "layer_norm"), last(1)), **dict.fromkeys(("matmul", "bmm", "mm"), matmul),
     "expand": expand, "expand_as": expand, "getitem": getitem, "linear": linear, "embedding": embedding,
     "scatter_add": scatter_add, "cross_entropy": cross_entropy, "tag_activation_checkpoint": checkpointed,
-    "lsmc.moe_experts": experts, "lsmc.fwd": batched, "scaled_dot_product_attention": attention,
+    "lsmc.moe_experts": experts, "pad": padded, "lsmc.fwd": batched, "scaled_dot_product_attention": attention,
 }  # fmt: skip
 """Function → what it does to parts."""
 

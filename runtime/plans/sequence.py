@@ -28,12 +28,12 @@ from lsmc.lowering.split import way
 from lsmc.runtime import collectives
 from lsmc.runtime.insert import Value
 from lsmc.runtime.mesh import Axis
-from lsmc.runtime.spread import RULES, Spread, attention, batched
+from lsmc.runtime.spread import RULES, Spread, attention, batched, padded
 
 
 def spread_sequence(module: GraphModule, axis: Axis) -> list[str]:
     """Each rank computes its share of the tokens, and what it needs of the others' it gathers."""
-    return Spread(axis, 1, RULES | {"lsmc.fwd": operator, "scaled_dot_product_attention": causal, "pad": padded}).run(module)
+    return Spread(axis, 1, RULES | {"lsmc.fwd": operator, "scaled_dot_product_attention": causal, "pad": shifted}).run(module)
 
 
 def operator(s: Spread, node: Node, inputs: Sequence[Value], start: Sequence[Value], cu_seqlens: Any, spec: str) -> Any:
@@ -114,17 +114,14 @@ def causal(s: Spread, node: Node, q: Value, k: Value, v: Value, attn_mask: Any =
     return s.mark(o, replace(split, dim=o.ndim - 2))
 
 
-def padded(s: Spread, node: Node, x: Value, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Value:
+def shifted(s: Spread, node: Node, x: Value, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Value:
     """Zeros before the first token are, on a rank, the last tokens of the rank before."""
     split = s.of(x)
     i = 2 * (x.ndim - 1 - split.dim)
     left, right = pad[i : i + 2] if len(pad) > i else (0, 0)
-    rest = [0 if j in (i, i + 1) else n for j, n in enumerate(pad)]
-    x = s.mark(F.pad(x, rest, mode, value), split) if any(rest) else x
-    if (left, right) == (0, 0):
-        return x
-    if mode != "constant" or value or left < 0 or right not in (0, -left) or split.outer > 1 or split.ahead:
-        raise s.refused(node, "adds entries to the dimension that holds them")
+    plain = mode == "constant" and not value and not any(pad[:i]) and not any(pad[i + 2 :])
+    if left <= 0 or right not in (0, -left) or not plain or split.outer > 1 or split.ahead:
+        return padded(s, node, x, pad, mode, value)
     n = x.shape[split.dim]
     if left > n:
         raise s.refused(node, f"looks back {left} tokens, and a rank has {n}")
