@@ -3,6 +3,8 @@
 Everything is written into a temporary folder beside it, flushed to disk, and renamed. ``model.safetensors``
 holds the parameters under their names, ``training.safetensors`` the optimizer's moments and the generators'
 states, and ``state.json`` the step, the run's configuration and the sha256 of both files.
+
+Tensors are whole in the files, also where ranks of a mesh hold parts of them: a run goes on over any mesh, or none.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lsmc.runtime.errors import LsmCheckpointError
+from lsmc.runtime.plans.parts import Part, dealt, joined, parts_of, plain
 
 FORMAT = 1
 _FILES = ("model.safetensors", "training.safetensors")
@@ -56,28 +59,53 @@ def _digest(path: Path) -> str:
 
 
 def _names(model: nn.Module) -> dict[Tensor, str]:
-    return {parameter: name for name, parameter in model.named_parameters()}
+    return {parameter: plain(name) for name, parameter in model.named_parameters()}
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as ``optimizer.<moment>.<parameter>``."""
-    names = _names(model)
-    return {
-        f"optimizer.{key}.{names[parameter]}": torch.as_tensor(value)
-        for parameter, state in optimizer.state.items()
-        for key, value in state.items()
-    }
+def model_tensors(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
+    """Parameters and buffers, whole, under their names; on ranks that only help to join them, with `keep` false, none."""
+    parts = parts_of(model)
+    return _whole({plain(n): (x.detach(), parts.get(x)) for n, x in model.state_dict(keep_vars=True).items()}, keep)
+
+
+def optimizer_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, keep: bool = True
+) -> dict[str, Tensor]:
+    """The optimizer's state as ``optimizer.<moment>.<parameter>``, whole; `keep` as for :func:`model_tensors`."""
+    names, parts = _names(model), parts_of(model)
+    return _whole(
+        {
+            f"optimizer.{key}.{names[parameter]}": (
+                torch.as_tensor(value),
+                parts.get(parameter) if getattr(value, "shape", None) == parameter.shape else None,
+            )
+            for parameter, state in sorted(optimizer.state.items(), key=lambda entry: names[entry[0]])
+            for key, value in state.items()
+        },
+        keep,
+    )
+
+
+def _whole(tensors: dict[str, tuple[Tensor, Part | None]], keep: bool) -> dict[str, Tensor]:
+    whole = {}
+    for name, (x, part) in tensors.items():
+        made = joined(x, part)
+        if keep:
+            whole[name] = made.cpu().contiguous()
+    return whole
 
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Inverse of :func:`optimizer_tensors`."""
-    parameters = dict(model.named_parameters())
+    parameters, parts = {name: parameter for parameter, name in _names(model).items()}, parts_of(model)
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):
             _, key, parameter = name.split(".", 2)
             target = parameters[parameter]
             # Step counts too: a fused optimizer keeps them beside the parameter.
-            optimizer.state[target][key] = tensor.to(target.device).clone()
+            value = tensor.to(target.device).clone()
+            moment = value.ndim > 0 or target.ndim == 0
+            optimizer.state[target][key] = dealt(value, target, parts.get(target)) if moment else value
 
 
 def generator_tensors() -> dict[str, Tensor]:
@@ -98,6 +126,11 @@ def load_generators(tensors: dict[str, Tensor]) -> None:
 def steps(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     return sorted(p for p in folder.glob("step-*") if (p / "state.json").is_file())
+
+
+def name(step: int) -> str:
+    """The folder of a step's checkpoint."""
+    return f"step-{step:08d}"
 
 
 def latest(folder: Path) -> Path:
@@ -123,16 +156,24 @@ def save(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
     keep: int = 3,
+    first: bool = True,
 ) -> Path:
-    """Write ``folder/step-N`` atomically and delete all but the newest ``keep``."""
+    """Write ``folder/step-N`` atomically and delete all but the newest ``keep``.
+
+    Ranks of a mesh call it together; the ``first`` of them writes.
+    """
+    tensors = model_tensors(model, first)
+    training = generator_tensors()
+    if optimizer is not None:
+        training |= optimizer_tensors(model, optimizer, first)
+    if not first:
+        return folder / name(state.step)
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(".writing-*"):
         shutil.rmtree(left, ignore_errors=True)
-    target = folder / f"step-{state.step:08d}"
+    target = folder / name(state.step)
     writing = folder / f".writing-{target.name}-{os.getpid()}"
     writing.mkdir()
-    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    training = generator_tensors() | (optimizer_tensors(model, optimizer) if optimizer is not None else {})
     for file, content in zip(_FILES, (tensors, training)):
         save_file({k: v.detach().cpu().contiguous() for k, v in content.items()}, writing / file)
     record = {"format": FORMAT, **dataclasses.asdict(state)}
@@ -179,17 +220,20 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None =
         training = load_file(path / _FILES[1]) if optimizer is not None else {}
     except (OSError, SafetensorError) as error:
         raise LsmCheckpointError(f"{path}: {error}") from error
-    own = model.state_dict()
+    own, parts = {plain(n): x for n, x in model.state_dict(keep_vars=True).items()}, parts_of(model)
     for name in sorted(own.keys() ^ tensors.keys()):
         where = "the checkpoint lacks" if name in own else "the model lacks"
         raise LsmCheckpointError(f"{path / _FILES[0]}: {where} {name}; it belongs to another configuration")
+    values = {}
     for name, tensor in tensors.items():
-        if tensor.shape != own[name].shape:
+        part = parts.get(own[name])
+        shape = tuple(own[name].shape) if part is None else part.whole_shape(own[name])
+        if tensor.shape != shape:
             raise LsmCheckpointError(
-                f"{path / _FILES[0]}: {name} is {tuple(tensor.shape)}, "
-                f"the model's is {tuple(own[name].shape)}"
+                f"{path / _FILES[0]}: {name} is {tuple(tensor.shape)}, the model's is {shape}"
             )
-    model.load_state_dict(tensors)
+        values[name] = dealt(tensor, own[name], part)
+    model.load_state_dict({name: values[plain(name)] for name in model.state_dict()})
     if optimizer is not None:
         load_optimizer(model, optimizer, training)
         load_generators(training)

@@ -299,16 +299,17 @@ class Batches:
 
 
 def evaluation_batches(
-    tokens: np.ndarray, batch: int, length: int, limit: int = 0
+    tokens: np.ndarray, batch: int, length: int, limit: int = 0, shares: int = 1
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Whole batches of consecutive windows, spread over the text; at most ``limit`` tokens (0: all)."""
+    """Whole batches of consecutive windows, spread over the text; at most ``limit`` tokens (0: all). A batch
+    is a multiple of ``shares``."""
     windows = (len(tokens) - 1) // length
-    if windows < 1:
+    if windows < shares:
         raise LsmDataError(
-            f"the held-out text has {len(tokens)} tokens: fewer than one sequence of length {length}\n"
+            f"the held-out text has {len(tokens)} tokens: fewer than {shares} sequence(s) of length {length}\n"
             "help: more text, a larger held_out share, or a shorter sequence"
         )
-    batch = min(batch, windows)
+    batch = min(batch, windows) // shares * shares
     chosen = np.arange(windows)
     if limit:
         keep = max(batch, min(windows, limit // length))

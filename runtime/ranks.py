@@ -9,20 +9,25 @@ nothing waits for ever; torchrun then ends the rest. A process that dies is name
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from lsmc.runtime.errors import LsmConfigError
+from lsmc.errors import LsmError
+from lsmc.runtime.errors import LsmConfigError, LsmTrainingError
 from lsmc.runtime.mesh import AXES
+
+Sign = tuple[int, int, str]
+"""Signs of life so far, places so far, and what the last place is."""
 
 _SLACK = 60.0
 """Seconds after `timeout` at which torch's own timeouts end what this module has not ended."""
@@ -50,7 +55,8 @@ class Ranks:
     def __init__(self, mesh: str, device: torch.device, timeout: float) -> None:
         self.sizes, self.timeout, self.device = parse(mesh) if mesh else {}, timeout, device
         self.count = math.prod(self.sizes.values())
-        self.rank = 0
+        self.rank, self._pause = 0, min(1.0, timeout / 10)
+        self.stop, self.place = threading.Event(), (0, "the start")
         self.mesh: Any = None
         if not mesh:
             return
@@ -71,7 +77,6 @@ class Ranks:
         return self.rank == 0
 
     def __enter__(self) -> Ranks:
-        self.stop, self.place = threading.Event(), (0, "the start")
         if not self.sizes:
             return self
         import torch.distributed as dist
@@ -109,15 +114,28 @@ class Ranks:
 
     # -- the watch
 
+    @contextlib.contextmanager
+    def naming(self) -> Iterator[None]:
+        """What torch reports of a collective that failed, with the ranks that answer no more."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.mesh is None or isinstance(error, LsmError):
+                raise
+            before = self._others()
+            time.sleep(3 * self._pause)
+            why = self._silent(before, self._others())
+            raise LsmTrainingError(f"rank {self.rank} failed at {self.place[1]}: {why or error}") from error
+
     def at(self, what: str) -> None:
         """Say that this process begins something that all of them begin in the same order."""
         self.place = (self.place[0] + 1, what)
 
     def _watch(self) -> None:
-        pause, signs = min(1.0, self.timeout / 10), 0
+        signs = 0
         since, seen = time.monotonic(), self.place
-        half: dict[int, tuple[int, int, str]] = {}
-        while not self.stop.wait(pause):
+        half: dict[int, Sign] = {}
+        while not self.stop.wait(self._pause):
             signs += 1
             now, place = time.monotonic(), self.place
             try:
@@ -132,7 +150,7 @@ class Ranks:
                 if not self.stop.is_set():
                     self._end(f"the store of the run does not answer: {str(error).splitlines()[0]}")
 
-    def _others(self) -> dict[int, tuple[int, int, str]]:
+    def _others(self) -> dict[int, Sign]:
         found = {}
         for rank in range(self.count):
             if self.store.check([str(rank)]):
@@ -140,15 +158,18 @@ class Ranks:
                 found[rank] = int(signs), int(number), what
         return found
 
-    def _behind(self, before: dict[int, tuple[int, int, str]]) -> str:
+    def _behind(self, before: dict[int, Sign]) -> str:
         """Who gives no sign of life; if all do, who has come least far."""
         now = self._others()
-        silent = [r for r in range(self.count) if r not in now or (r in before and now[r][0] == before[r][0])]
-        if silent:
-            where = {r: f"it was at {now[r][2]}" if r in now else "it never began" for r in silent}
-            return "; ".join(f"rank {r} does not answer ({where[r]})" for r in silent)
+        if why := self._silent(before, now):
+            return why
         least = min(number for _, number, _ in now.values())
         return "; ".join(f"rank {r} is still at {what}" for r, (_, n, what) in now.items() if n == least)
+
+    def _silent(self, before: Mapping[int, Sign], now: Mapping[int, Sign]) -> str:
+        silent = [r for r in range(self.count) if r not in now or (r in before and now[r][0] == before[r][0])]
+        where = {r: f"it was at {now[r][2]}" if r in now else "it never began" for r in silent}
+        return "; ".join(f"rank {r} does not answer ({where[r]})" for r in silent)
 
     def _end(self, why: str) -> None:
         sys.stderr.write(f"lsmc.LsmTrainingError: rank {self.rank} has waited {self.timeout:g} s at {self.place[1]}: {why}\n")

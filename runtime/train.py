@@ -28,7 +28,9 @@ from torch import Tensor, nn
 from lsmc.runtime import checkpoint
 from lsmc.runtime.data import Batches, Corpus, DataConfig, evaluation_batches, load, tokenizer
 from lsmc.runtime.errors import LsmCheckpointError, LsmConfigError, LsmTrainingError
+from lsmc.runtime.plans.parts import clip_gradients, keep_parts
 from lsmc.runtime.progress import Progress
+from lsmc.runtime.ranks import Ranks
 from lsmc.runtime.threads import Threads
 
 
@@ -104,6 +106,12 @@ class TrainConfig:
     autocast: Literal["none", "bf16"] = "none"
     compile: bool = False
     """Train through ``lsmc.compile``."""
+    mesh: str = ""
+    """Axes of processes that torchrun started, such as ``dp=2,sp=2``: dp deals out the sequences of a
+    batch, sp the tokens of a sequence, tp heads and widths. Compiles too. Settings keep their meaning: they
+    are those of the whole run."""
+    timeout: float = 600.0
+    """Seconds after which a process of a mesh that waits for another ends, and names it."""
 
     def __post_init__(self) -> None:
         def need(condition: bool, name: str, rule: str) -> None:
@@ -134,6 +142,7 @@ class TrainConfig:
             "seed",
         ):
             need(getattr(self, name) >= 0, name, "must not be negative")
+        need(self.timeout > 0, "timeout", "must be positive")
         need(self.lr > 0, "lr", "must be positive")
         need(0 <= self.min_lr <= 1, "min_lr", "is a share of lr, between 0 and 1")
         need(0 <= self.beta1 < 1, "beta1", "must lie in [0, 1)")
@@ -267,18 +276,27 @@ def _interruptible() -> Iterator[threading.Event]:
 class Trainer:
     """One run: a model with the protocol of ``HybridMoE``, a corpus and a configuration."""
 
-    def __init__(self, config: TrainConfig, model: nn.Module, corpus: Corpus) -> None:
+    def __init__(
+        self, config: TrainConfig, model: nn.Module, corpus: Corpus, ranks: Ranks | None = None
+    ) -> None:
         self.config, self.corpus = config, corpus
-        self.device = pick_device(config.device)
+        self.ranks = ranks or Ranks("", pick_device(config.device), config.timeout)
+        self.device = self.ranks.device
         self.model = model.to(self.device)
+        self.batches = Batches(corpus.train, config.batch, config.length, config.seed)
+        groups = parameter_groups(self.model, config.weight_decay)
+        if self.ranks.mesh is not None:  # the parameters stay those of the groups
+            self._check_evaluation()
+            keep_parts(self.model, self.ranks.mesh, *(x.to(self.device) for x in self.batches.at(0)))
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, config.weight_decay),
+            groups,
             lr=config.lr,
             betas=(config.beta1, config.beta2),
             fused=True,
         )
-        self.batches = Batches(corpus.train, config.batch, config.length, config.seed)
-        self.forward = importlib.import_module("lsmc").compile(self.model) if config.compile else self.model
+        self.forward = self.model
+        if config.compile or self.ranks.mesh is not None:
+            self.forward = importlib.import_module("lsmc").compile(self.model, mesh=self.ranks.mesh)
         self.step, self.elapsed = 0, 0.0
         self.out = Path(config.out)
         self.metrics = self.out / "metrics.jsonl"
@@ -294,7 +312,9 @@ class Trainer:
             data=self.corpus.fingerprint,
             model=to_json(getattr(self.model, "config", None)) or {},
         )
-        return checkpoint.save(self.out / "checkpoints", state, self.model, self.optimizer, self.config.keep)
+        self.ranks.at(f"the checkpoint of step {self.step}")
+        folder, first = self.out / "checkpoints", self.ranks.first
+        return checkpoint.save(folder, state, self.model, self.optimizer, self.config.keep, first)
 
     def resume(self) -> None:
         """Go on from the newest checkpoint; metrics written after it are dropped."""
@@ -313,7 +333,7 @@ class Trainer:
             )
         checkpoint.load(path, self.model, self.optimizer)
         self.step, self.elapsed = state.step, state.elapsed
-        if self.metrics.exists():
+        if self.ranks.first and self.metrics.exists():
             lines = self.metrics.read_text().splitlines()
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
             self.metrics.write_text("".join(line + "\n" for line in kept))
@@ -330,11 +350,16 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         for micro in range(config.accumulate):
+            self.ranks.at(f"the batch of step {self.step + 1}")
             tokens, targets = self.batches.at(self.step * config.accumulate + micro)
+            self.ranks.at(f"step {self.step + 1}")
             with self._autocast():
                 losses = self.forward(tokens.to(self.device), targets.to(self.device))
             (losses.total / config.accumulate).backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)
+        if self.ranks.mesh is not None:
+            norm = clip_gradients(self.model, self.ranks.mesh, config.clip or math.inf)
+        else:
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -345,19 +370,29 @@ class Trainer:
         """Bits a byte on held-out text, each window read from an empty memory."""
         self.model.eval()
         total, count = 0.0, 0
-        for tokens, targets in evaluation_batches(
-            self.corpus.held_out, self.config.batch, self.config.length, limit
-        ):
+        model = self.model if self.ranks.mesh is None else self.forward
+        for tokens, targets in self._evaluation_batches(limit):
+            self.ranks.at(f"the evaluation after step {self.step}")
             with self._autocast():
-                losses = self.model(tokens.to(self.device), targets.to(self.device))
+                losses = model(tokens.to(self.device), targets.to(self.device))
             total += losses.nll.item() * tokens.numel()
             count += tokens.numel()
         self.model.train()
         return total / count * self.bits
 
+    def _evaluation_batches(self, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
+        shares = self.ranks.sizes.get("dp", 1)
+        return evaluation_batches(self.corpus.held_out, self.config.batch, self.config.length, limit, shares)
+
+    def _check_evaluation(self) -> None:
+        """Held-out text that ranks cannot share is reported now, and not after hours."""
+        next(self._evaluation_batches(1))
+
     # The loop
 
     def _write(self, record: dict[str, Any]) -> None:
+        if not self.ranks.first:
+            return
         with self.metrics.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
@@ -373,11 +408,13 @@ class Trainer:
         held_out, paused = math.nan, 0.0
         saved: Path | None = None
         threads = Threads(config.threads, measure=bool(config.max_seconds) and self.device.type == "cpu")
-        with _interruptible() as asked, threads:
-            while not self._finished() and not asked.is_set():
+        with _interruptible() as asked, threads, self.ranks.naming():
+            stop = 0.0
+            while not self._finished() and not stop:
                 with threads.timed():
                     losses, norm = self.train_step()
-                self.elapsed = before + time.perf_counter() - started - paused
+                elapsed = before + time.perf_counter() - started - paused
+                stop, self.elapsed = self.ranks.largest(float(asked.is_set()), elapsed)
                 if self.step % config.log_every == 0 or self._finished():
                     nll = losses.nll.item()
                     if not math.isfinite(nll):
@@ -412,8 +449,8 @@ class Trainer:
                     saved = self.save()
                 paused += time.perf_counter() - pause
                 last_time += time.perf_counter() - pause
-            interrupted = asked.is_set() and not self._finished()
-            if saved is None or checkpoint.read_state(saved).step != self.step:
+            interrupted = bool(stop) and not self._finished()
+            if saved is None or saved.name != checkpoint.name(self.step):
                 saved = self.save()
             if interrupted:
                 progress.note(f"stopped at step {self.step}; saved {saved}; --resume goes on")
@@ -447,10 +484,13 @@ def train(config: TrainConfig, model: nn.Module | None = None, quiet: bool = Fal
     """Run (or resume) what ``config`` describes; metrics, checkpoints and ``report.html`` go into
     ``config.out``.
 
-    ``model`` takes the place of the configured one: anything with the protocol of ``HybridMoE``.
+    ``model`` takes the place of the configured one: anything with the protocol of ``HybridMoE``. With
+    ``config.mesh`` all its processes call this, and the first of them writes; ``out`` must be the same folder
+    for all.
     """
     out = Path(config.out)
-    if (out / "metrics.jsonl").exists() or (out / "checkpoints").exists():
+    ranks = Ranks(config.mesh, pick_device(config.device), config.timeout)
+    if ranks.first and ((out / "metrics.jsonl").exists() or (out / "checkpoints").exists()):
         if config.overwrite and not config.resume:
             shutil.rmtree(out / "checkpoints", ignore_errors=True)
             (out / "metrics.jsonl").unlink(missing_ok=True)
@@ -461,21 +501,23 @@ def train(config: TrainConfig, model: nn.Module | None = None, quiet: bool = Fal
             )
     if config.resume:
         checkpoint.latest(out)  # fails before any text is read
-    pick_device(config.device)
     corpus = load(config.data)
     torch.manual_seed(config.seed)
     if model is None:
         model = build_model(config, tokenizer(config.data.tokenizer).vocabulary)
-    trainer = Trainer(config, model, corpus)
-    if config.resume:
-        trainer.resume()
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(to_json(config), indent=1))
-    with Progress(0 if config.max_seconds else config.steps, quiet=quiet) as progress:
-        progress.note(corpus.description)
-        progress.note(f"{len(corpus.train):,} tokens, {len(corpus.held_out):,} held out")
-        result = trainer.run(progress)
-    from lsmc.runtime.report import write_report
+    with ranks:
+        trainer = Trainer(config, model, corpus, ranks)
+        if config.resume:
+            trainer.resume()
+        if ranks.first:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "config.json").write_text(json.dumps(to_json(config), indent=1))
+        with Progress(0 if config.max_seconds else config.steps, quiet=quiet or not ranks.first) as progress:
+            progress.note(corpus.description)
+            progress.note(f"{len(corpus.train):,} tokens, {len(corpus.held_out):,} held out")
+            result = trainer.run(progress)
+    if ranks.first:
+        from lsmc.runtime.report import write_report
 
-    write_report(out)
+        write_report(out)
     return result

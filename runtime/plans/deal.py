@@ -89,9 +89,28 @@ class Deal:
         self.changes: list[str] = []
 
     def run(self) -> list[str]:
+        """Write the graph anew; says what is made whole, and for what."""
+        regions: list[Any] = []
+        try:
+            with torch.enable_grad():
+                self._run(regions)
+        finally:
+            for region in reversed(regions):  # an error left them open
+                region.__exit__(None, None, None)
+        return self.changes
+
+    def _run(self, regions: list[Any]) -> None:
         for node in self.module.graph.nodes:
             self.writer.origin = node
-            if node.op in ("call_function", "call_method"):
+            if name_of(node) in ("_enter_autocast", "_exit_autocast", "_set_grad_enabled"):
+                args = map_arg(node.args, lambda n: self.made[n])
+                self.made[node] = self.writer.call(node, args, {})  # for what follows, also here
+                if name_of(node) == "_enter_autocast":
+                    regions.append(self.made[node].example)
+                elif name_of(node) == "_exit_autocast":
+                    regions.remove(args[0].example)
+                self.state[node] = WHOLE
+            elif node.op in ("call_function", "call_method"):
                 self.state[node] = self._inside(node) or self._outside(node)
             else:
                 self._outside(node)
@@ -102,7 +121,6 @@ class Deal:
         self.graph.lint()
         self.module.graph = self.graph
         self.module.recompile()
-        return self.changes
 
     # -- states
 

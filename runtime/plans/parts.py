@@ -11,7 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.fx import GraphModule
 from torch.nn.utils import parametrize
 
@@ -31,6 +33,10 @@ class Part(nn.Module):
 
     def forward(self, part: Tensor) -> Tensor:
         return collectives.joined(part, self.split.dim, self.split.flat(), self.axis)
+
+    def whole_shape(self, part: Tensor) -> tuple[int, ...]:
+        spread = sum(b - a - (b - a) // self.axis.size for a, b in self.split.spans)
+        return tuple(n + spread * (d == self.split.dim) for d, n in enumerate(part.shape))
 
     def right_inverse(self, whole: Tensor) -> Tensor:
         return collectives.dealt(whole, self.split.dim, self.split.flat(), self.axis)
@@ -66,4 +72,81 @@ def keep_parts(model: nn.Module, mesh: Any, *inputs: Any) -> list[str]:
     return list(found)
 
 
-__all__ = ["Part", "keep_parts", "layouts"]
+# --- tensors that ranks hold in parts: by `Part`, by FSDP2, or by both
+
+
+def parts_of(model: nn.Module) -> dict[Tensor, Part]:
+    """The parameters of which this rank holds its part."""
+    return {
+        held.original: held[0]
+        for module in model.modules() if parametrize.is_parametrized(module)
+        for held in module.parametrizations.values() if isinstance(held[0], Part)  # type: ignore[union-attr,operator]
+    }  # fmt: skip
+
+
+def plain(name: str) -> str:
+    """The name of a parameter as it was before ranks kept parts of it, and before `torch.compile`."""
+    return name.removesuffix(".original").replace("parametrizations.", "").replace("_orig_mod.", "")
+
+
+def joined(x: Tensor, part: Part | None) -> Tensor:
+    """The whole of a parameter, gradient or moment, on every rank; called on all of them."""
+    if isinstance(x, DTensor):
+        x = x.full_tensor()
+    return x if part is None else part(x)
+
+
+def dealt(whole: Tensor, like: Tensor, part: Part | None) -> Tensor:
+    """This rank's share of a whole, laid out as `like`; inverse of `joined`."""
+    x = whole if part is None else part.right_inverse(whole)
+    return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None) if isinstance(like, DTensor) else x
+
+
+@torch.no_grad()
+def clip_gradients(model: nn.Module, mesh: Any, limit: float) -> Tensor:
+    """Scale all gradients so that their norm over all parameters, as one process has them, is at most `limit`; that norm."""
+    parts, sums, locals_ = parts_of(model), dict[tuple[str, ...], Tensor](), list[Tensor]()
+    for p in model.parameters():
+        if p.grad is None:
+            continue
+        g, over = p.grad, list[str]()
+        local = g.to_local() if isinstance(g, DTensor) else g
+        squares = local.to(torch.promote_types(local.dtype, torch.float32)).square()
+        if p in parts:
+            squares = _once(squares, g, parts[p])
+            over.append(parts[p].axis.name)
+        if isinstance(g, DTensor):
+            over += [name for name, at in zip(g.device_mesh.mesh_dim_names or (), g.placements) if at.is_shard()]
+        key = tuple(over)
+        sums[key] = sums.get(key, 0.0) + squares.sum()
+        locals_.append(local)
+    total: Any = 0.0
+    for over, x in sorted(sums.items()):  # in one order on all ranks
+        for axis in over:
+            dist.all_reduce(x, group=mesh.get_group(axis))
+        total = total + x
+    norm = torch.as_tensor(total).sqrt()
+    scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+    for local in locals_:
+        local.mul_(scale.to(local.dtype))
+    return norm
+
+
+def _once(squares: Tensor, g: Tensor, part: Part) -> Tensor:
+    """What all ranks of an axis hold counts once: a share of it on each."""
+    dim, ranks = part.split.dim, part.axis.size
+    weight, at = torch.full((g.shape[dim],), 1 / ranks, dtype=squares.dtype, device=squares.device), 0
+    before = 0
+    for a, b in sorted(part.split.spans):
+        at += a - before
+        weight[at : at + (b - a) // ranks] = 1.0
+        at, before = at + (b - a) // ranks, b
+    if isinstance(g, DTensor):
+        for i, placement in enumerate(g.placements):
+            if placement.is_shard(dim):
+                n, mine = g.device_mesh.size(i), g.device_mesh.get_local_rank(i)
+                weight = dict(enumerate(weight.chunk(n))).get(mine, weight[:0])
+    return squares * weight.view(-1, *(1 for _ in range(squares.ndim - dim - 1)))
+
+
+__all__ = ["Part", "clip_gradients", "dealt", "joined", "keep_parts", "layouts", "parts_of", "plain"]
