@@ -24,11 +24,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from lsmc.runtime import checkpoint
 from lsmc.runtime.data import Batches, Corpus, DataConfig, evaluation_batches, load, tokenizer
 from lsmc.runtime.errors import LsmCheckpointError, LsmConfigError, LsmTrainingError
-from lsmc.runtime.plans.parts import clip_gradients, keep_parts
+from lsmc.runtime.plans.parts import clip_gradients, keep_parts, plain
 from lsmc.runtime.progress import Progress
 from lsmc.runtime.ranks import Ranks
 from lsmc.runtime.threads import Threads
@@ -110,6 +111,8 @@ class TrainConfig:
     """Axes of processes that torchrun started, such as ``dp=2,sp=2``: dp deals out the sequences of a
     batch, sp the tokens of a sequence, tp heads and widths. Compiles too. Settings keep their meaning: they
     are those of the whole run."""
+    fsdp: bool = False
+    """Deal out parameters, gradients and moments over the axis dp too (FSDP2)."""
     timeout: float = 600.0
     """Seconds after which a process of a mesh that waits for another ends, and names it."""
 
@@ -142,6 +145,7 @@ class TrainConfig:
             "seed",
         ):
             need(getattr(self, name) >= 0, name, "must not be negative")
+        need("dp=" in self.mesh or not self.fsdp, "fsdp", "needs a mesh with an axis dp")
         need(self.timeout > 0, "timeout", "must be positive")
         need(self.lr > 0, "lr", "must be positive")
         need(0 <= self.min_lr <= 1, "min_lr", "is a share of lr, between 0 and 1")
@@ -200,10 +204,10 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """Matrices decay; embeddings, convolutions, norms, biases and constants do not."""
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
-    matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
-    for parameter in model.parameters():
+    matrices = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    for name, parameter in model.named_parameters():
         # Experts are stacks of matrices.
-        (decayed if id(parameter) in matrices or parameter.ndim == 3 else free).append(parameter)
+        (decayed if plain(name) in matrices or parameter.ndim == 3 else free).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
 
 
@@ -284,19 +288,20 @@ class Trainer:
         self.device = self.ranks.device
         self.model = model.to(self.device)
         self.batches = Batches(corpus.train, config.batch, config.length, config.seed)
-        groups = parameter_groups(self.model, config.weight_decay)
-        if self.ranks.mesh is not None:  # the parameters stay those of the groups
+        if self.ranks.mesh is not None:
             self._check_evaluation()
             keep_parts(self.model, self.ranks.mesh, *(x.to(self.device) for x in self.batches.at(0)))
+        self.forward: Any = self.model
+        if config.compile or self.ranks.mesh is not None:
+            self.forward = importlib.import_module("lsmc").compile(self.model, mesh=self.ranks.mesh)
+        if config.fsdp:
+            fully_shard(self.forward, mesh=self.ranks.mesh["dp"])
         self.optimizer = torch.optim.AdamW(
-            groups,
+            parameter_groups(self.model, config.weight_decay),
             lr=config.lr,
             betas=(config.beta1, config.beta2),
             fused=True,
         )
-        self.forward = self.model
-        if config.compile or self.ranks.mesh is not None:
-            self.forward = importlib.import_module("lsmc").compile(self.model, mesh=self.ranks.mesh)
         self.step, self.elapsed = 0, 0.0
         self.out = Path(config.out)
         self.metrics = self.out / "metrics.jsonl"

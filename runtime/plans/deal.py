@@ -1,8 +1,8 @@
 """Spreading a graph over the ranks of one axis: splits grow out of seeds, and collectives stand where they end.
 
-Seeds say how the operands and results of some nodes are split (the heads of an LSM operator, say). `grow` carries each
+Seeds say how the operands and results of some nodes are split (the heads of an LSM operator, say). `Growth` carries each
 split to all tensors whose dimensions correspond to it (`plans.dims`), forward and backward, as far as there are rules.
-`spread` then writes the graph anew. A tensor in it is
+`Deal` then writes the graph anew. A tensor in it is
 
 | state | means | its cotangent is |
 |---|---|---|
@@ -47,32 +47,37 @@ from lsmc.runtime.spread import name_of
 WHOLE, INNER, PARTIAL = "whole", "inner", "partial"
 State = Split | str
 Layouts = Mapping[Node, Split]
-Seeds = Callable[[GraphModule, Axis], Iterator[tuple[Node, Split]]]
-"""The operands and results of some nodes, as they are to be split; raises LsmMeshError where they cannot be."""
+Plan = Callable[[GraphModule, Axis], Layouts]
+"""Which tensors of a graph are split; raises LsmMeshError where what must be cannot be."""
 
 
-def grow(module: GraphModule, seeds: dict[Node, Split]) -> dict[Node, Split]:
-    """All tensors that are split when the seeds are. Where two ways of splitting meet, the first stays."""
-    around: dict[Node, list[Link]] = defaultdict(list)
-    for node in module.graph.nodes:
-        for link in links(node):
-            around[link.operand].append(link)
-            around[link.result].append(link)
-    found = dict(seeds)
-    queue = deque(found)
-    while queue:
-        node = queue.popleft()
-        for link in around[node]:
-            other, carry = (link.result, link.forth) if node is link.operand else (link.operand, link.back)
-            split = carry(found[node])
-            if split is None:
-                continue
-            before = found.get(other)
-            after = split if before is None else before.merged(split)
-            if after is not None and after != before:
-                found[other] = after
-                queue.append(other)
-    return found
+class Growth:
+    """How far splits reach in one graph."""
+
+    def __init__(self, module: GraphModule) -> None:
+        self.around: dict[Node, list[Link]] = defaultdict(list)
+        for node in module.graph.nodes:
+            for link in links(node):
+                self.around[link.operand].append(link)
+                self.around[link.result].append(link)
+
+    def of(self, seeds: Mapping[Node, Split]) -> dict[Node, Split]:
+        """All tensors that are split when the seeds are. Where two ways of splitting meet, the first stays."""
+        found = dict(seeds)
+        queue = deque(found)
+        while queue:
+            node = queue.popleft()
+            for link in self.around[node]:
+                other, carry = (link.result, link.forth) if node is link.operand else (link.operand, link.back)
+                split = carry(found[node])
+                if split is None:
+                    continue
+                before = found.get(other)
+                after = split if before is None else before.merged(split)
+                if after is not None and after != before:
+                    found[other] = after
+                    queue.append(other)
+        return found
 
 
 class Deal:
@@ -354,30 +359,22 @@ class Deal:
         return PARTIAL
 
 
-def deal(module: GraphModule, axis: Axis, seeds: Seeds) -> list[str]:
+def deal(module: GraphModule, axis: Axis, plan: Plan) -> list[str]:
     """Spread a graph, and those nested in it, over an axis; says what was changed."""
-    return [change for made in _deals(module, axis, seeds).values() for change in made.changes]
+    return [change for made in _deals(module, axis, plan).values() for change in made.changes]
 
 
-def _deals(module: GraphModule, axis: Axis, seeds: Seeds) -> dict[GraphModule, Deal]:
-    made = {}
-    for inner in list(module.modules()):
-        if isinstance(inner, GraphModule):
-            start: dict[Node, Split] = {}
-            for node, split in seeds(inner, axis):
-                merged = start[node].merged(split) if node in start else split
-                if merged is None:
-                    raise LsmMeshError(f"axis {axis.name!r} splits {node.name} in two ways")
-                start[node] = merged
-            made[inner] = Deal(inner, axis, grow(inner, start))
-            made[inner].run()
+def _deals(module: GraphModule, axis: Axis, plan: Plan) -> dict[GraphModule, Deal]:
+    made = {inner: Deal(inner, axis, plan(inner, axis)) for inner in module.modules() if isinstance(inner, GraphModule)}
+    for one in made.values():
+        one.run()
     return made
 
 
-def dealt_inputs(module: GraphModule, axis: Axis, seeds: Seeds) -> dict[int, Split]:
+def dealt_inputs(module: GraphModule, axis: Axis, plan: Plan) -> dict[int, Split]:
     """The inputs of a graph, by number, that it uses in one way alone, dealt out; the graph is spent."""
     before = {inner: list(inner.graph.nodes) for inner in module.modules() if isinstance(inner, GraphModule)}
-    made = _deals(module, axis, seeds)
+    made = _deals(module, axis, plan)
 
     def uses(inner: GraphModule, node: Node) -> Iterator[State]:
         for user, state in made[inner].wanted[node].items():
@@ -399,4 +396,4 @@ def dealt_inputs(module: GraphModule, axis: Axis, seeds: Seeds) -> dict[int, Spl
     return found
 
 
-__all__ = ["Deal", "Seeds", "deal", "dealt_inputs", "grow"]
+__all__ = ["Deal", "Growth", "Layouts", "Plan", "deal", "dealt_inputs"]

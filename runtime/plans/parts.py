@@ -21,7 +21,7 @@ from lsmc.runtime import collectives
 from lsmc.runtime.mesh import Axis, axes
 from lsmc.runtime.plans.deal import dealt_inputs
 from lsmc.runtime.plans.dims import Split
-from lsmc.runtime.plans.tensor import seeds
+from lsmc.runtime.plans.tensor import layouts as plan
 
 
 class Part(nn.Module):
@@ -47,7 +47,7 @@ def layouts(model: nn.Module, mesh: Any, *inputs: Any) -> dict[str, Split]:
     names, found = {id(p): name for name, p in model.named_parameters()}, dict[str, Split]()
 
     def trace(module: GraphModule, examples: list[Any]) -> Any:
-        for place, split in dealt_inputs(module, axes(mesh)["tp"], seeds).items():
+        for place, split in dealt_inputs(module, axes(mesh)["tp"], plan).items():
             if id(examples[place]) in names:
                 found[names[id(examples[place])]] = split
         outputs = [n.meta["example_value"] for n in next(n for n in module.graph.nodes if n.op == "output").args[0]]
