@@ -23,6 +23,7 @@ from torch.fx.node import map_arg
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lsmc.lowering import ops
 from lsmc.lowering.torch_maps import NAMES
 from lsmc.lowering.torch_maps import POINTWISE as MAPS
 from lsmc.runtime import collectives
@@ -158,7 +159,7 @@ class Spread:
             self.writer.graph.erase_node(node)
 
     def _inputs(self, nodes: Sequence[Node]) -> list[Node]:
-        """The inputs that are split: tensors (B, T, …) with the B and T that most of them have."""
+        """The inputs that are split: tensors (B, T, …) with the B and T of the operators, or else of most inputs."""
         leading: dict[tuple[int, ...], list[Node]] = {}
         for node in nodes:
             x = example(node)
@@ -166,6 +167,10 @@ class Spread:
                 if any(not isinstance(n, int) for n in x.shape):
                     raise LsmMeshError(f"{_shown(node)} has a size that is not known before it runs", help="leave out mark_dynamic")
                 leading.setdefault(tuple(x.shape[:2]), []).append(node)
+        for _, node in ops.in_graph(self.module):  # its batch may have been split already
+            size = ops.extents(ops.plan_of(str(node.args[3])), [example(n) for n in node.args[0]])  # type: ignore[union-attr]
+            known = {bt: found for bt, found in leading.items() if bt[0] % size.batch == 0 and bt[1] == size.tokens}
+            leading = known or leading
         what = AXES[self.axis.name]
         if not leading:
             raise LsmMeshError(f"no argument of the model holds {what}, which axis {self.axis.name!r} splits",
