@@ -95,7 +95,7 @@ def _idle(node: Node) -> bool:
     return name in SHAPES or (name in CASTS and _type(node) == _type(node.all_input_nodes[0]))
 
 
-def _mutates(node: Node) -> bool:
+def mutates(node: Node) -> bool:
     """Whether a call writes into a tensor that it was given."""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
@@ -141,7 +141,7 @@ class _Absorption:
                 self.sizes |= dict(zip(parts(self.fields[name], step=False), value.shape))
         self.heads = ("H", "HV") if _same(self.sizes.get("H", 0), self.sizes.get("HV", 0)) else ("HV",)  # that are HV
         self.place = {n: i for i, n in enumerate(self.graph.nodes)}
-        self.written = [i for n, i in self.place.items() if i < self.place[node] and n.op.startswith("call") and _mutates(n)]
+        self.written = [i for n, i in self.place.items() if i < self.place[node] and n.op.startswith("call") and mutates(n)]
         self.left: dict[Node, str] = {}  # what is not absorbed, and why ("" where that needs no word)
 
     # -- which nodes

@@ -23,11 +23,12 @@ from torch.fx.node import map_arg
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lsmc.lowering import ops
 from lsmc.lowering.torch_maps import NAMES
 from lsmc.lowering.torch_maps import POINTWISE as MAPS
 from lsmc.runtime import collectives
 from lsmc.runtime.errors import LsmMeshError
-from lsmc.runtime.insert import Value, Writer, example, mode_of
+from lsmc.runtime.insert import Value, Writer, example, hasten, mode_of
 from lsmc.runtime.mesh import AXES, Axis
 
 
@@ -124,13 +125,41 @@ class Spread:
         for node in reversed(new.nodes):  # whole values that were needed in parts only
             if not node.users and node.op.startswith("call") and (name_of(node) in POINTWISE or name_of(node) in _LAYOUTS):
                 new.erase_node(node)
+        for value in self.env.values():
+            if isinstance(value, Value) and value.node.op == "placeholder" and self.of(value) is None:
+                self._share_once(value)
+        hasten(new)
         module.graph = new
         new.lint()
         module.recompile()
         return result
 
+    def _share_once(self, value: Value) -> None:
+        """Where all that an input becomes is shared, share the input: one sum over the ranks for all of its gradient."""
+        found: list[Node] = []
+
+        def ends(node: Node) -> bool:
+            for user in node.users:
+                if user.target is torch.ops.lsmc.shared.default:
+                    found.append(user)
+                elif user.op == "output" or user in self.place or user.all_input_nodes != [node] or not ends(user):
+                    return False
+            return True
+
+        if not isinstance(value.example, Tensor) or not value.requires_grad or not ends(value.node) or len(found) < 2:
+            return
+        users = list(value.node.users)
+        self.writer.origin = None
+        with self.writer.graph.inserting_before(min(users)):
+            whole = collectives.shared(value, self.axis).node
+        for user in users:
+            user.replace_input_with(value.node, whole)
+        for node in found:
+            node.replace_all_uses_with(node.args[0])
+            self.writer.graph.erase_node(node)
+
     def _inputs(self, nodes: Sequence[Node]) -> list[Node]:
-        """The inputs that are split: tensors (B, T, …) with the B and T that most of them have."""
+        """The inputs that are split: tensors (B, T, …) with the B and T of the operators, or else of most inputs."""
         leading: dict[tuple[int, ...], list[Node]] = {}
         for node in nodes:
             x = example(node)
@@ -138,6 +167,10 @@ class Spread:
                 if any(not isinstance(n, int) for n in x.shape):
                     raise LsmMeshError(f"{_shown(node)} has a size that is not known before it runs", help="leave out mark_dynamic")
                 leading.setdefault(tuple(x.shape[:2]), []).append(node)
+        for _, node in ops.in_graph(self.module):  # its batch may have been split already
+            size = ops.extents(ops.plan_of(str(node.args[3])), [example(n) for n in node.args[0]])  # type: ignore[union-attr]
+            known = {bt: found for bt, found in leading.items() if bt[0] % size.batch == 0 and bt[1] == size.tokens}
+            leading = known or leading
         what = AXES[self.axis.name]
         if not leading:
             raise LsmMeshError(f"no argument of the model holds {what}, which axis {self.axis.name!r} splits",

@@ -84,11 +84,11 @@ def operator(s: Spread, node: Node, inputs: Sequence[Value], start: Sequence[Val
     else:
         o = lsmc.through.default(o, through, states)
     s.changes.append(f"{node.name}: {plan.name} exchanges {pack.shape[-1]} numbers per head over {s.axis}")
-    results = [s.mark(o, replace(places[0], dim=1))]
-    if any(user.args[1] != 0 for user in node.users):
-        after = lsmc.incoming.default(collectives.whole(pack, 0, s.axis), list(start), None, *options)
-        results += [after[i] for i in range(len(plan.carries))]
-    return tuple(results)
+    s.mark(o, replace(places[0], dim=1))
+    if any(user.args[1] != 0 and user.users for user in node.users):
+        states = lsmc.incoming.default(collectives.whole(pack, 0, s.axis), list(start), None, *options)
+        states = [states[i] for i in range(len(plan.carries))]
+    return (o, *states)
 
 
 def causal(s: Spread, node: Node, q: Value, k: Value, v: Value, attn_mask: Any = None, dropout_p: float = 0.0,

@@ -1,0 +1,169 @@
+"""Laws of the graphs that a mesh makes: what is exchanged and how much, the same on every rank; what is refused, by name.
+
+The processes are imagined (torch's "fake" group): graphs are captured and rewritten as on real ones, and exchange nothing.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.fx import GraphModule, Node
+from torch.nn import functional as F
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import lsmc
+from lsmc import LSM
+from lsmc.cases import Case, sample
+from lsmc.errors import LsmError, LsmOptionError
+from lsmc.lowering import split
+from lsmc.models import HybridMoE, config
+from lsmc.runtime.errors import LsmMeshError
+
+RANKS = 4
+
+
+@pytest.fixture(autouse=True)
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[GraphModule]]:
+    """What `lsmc.compile` hands to Inductor, which is left out: graphs run as they are."""
+    seen: list[GraphModule] = []
+
+    def keep(module: GraphModule, _: Any) -> Callable[..., Any]:
+        seen.append(module)
+        return module.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", keep)
+    yield seen
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def sp() -> Iterator[DeviceMesh]:
+    yield from imagined(rank=1)
+
+
+def imagined(rank: int) -> Iterator[DeviceMesh]:
+    dist.init_process_group("fake", rank=rank, world_size=RANKS, store=FakeStore())
+    yield init_device_mesh("cpu", (RANKS,), mesh_dim_names=("sp",))
+    dist.destroy_process_group()
+
+
+def layer(op: LSM) -> Callable[..., Tensor]:
+    return lambda inputs: F.silu(op(**inputs))
+
+
+def calls(module: GraphModule, name: str) -> list[Node]:
+    return [n for n in module.graph.nodes if n.op == "call_function" and name in str(n.target)]
+
+
+@pytest.mark.parametrize("name", ["gla", "titans", "mamba"])
+def test_messages_of_operators_do_not_depend_on_the_tokens(name: str, sp: DeviceMesh, graphs: list[GraphModule]) -> None:
+    """One gather of what `lsmc.lowering.split` counts, K + K·V or K·K + K·V numbers per head, whatever T."""
+    op, sizes = getattr(lsmc.zoo, name), set()
+    for tokens in (8, 32):
+        case = Case(batch=2, time=tokens, groups=3, key_dim=5, value_dim=2)
+        lsmc.compile(layer(op), mesh=sp)(sample(op, case).inputs)
+        (gather,) = calls(graphs[-1], "all_gather_into_tensor")
+        sizes.add(tuple(gather.args[0].meta["example_value"].shape))
+        spec = calls(graphs[-1], "lsmc.incoming")[0].args[-1]
+    assert sizes == {(2, 3, split.message(str(spec), 5, 2))}
+
+
+def small(pattern: str, **options: Any) -> HybridMoE:
+    size = {"hidden": 16, "heads": 2, "vocabulary": 13, "gate_rank": 4, "moe": {"experts": 2, "top_k": 1, "width": 8}}
+    return HybridMoE(config("tiny", pattern=pattern, **size, **options))
+
+
+def test_graphs_are_the_same_on_every_rank_and_hide_messages(graphs: list[GraphModule]) -> None:
+    """Between a message and its answer an LSM layer runs its operator, an attention layer rotates its queries."""
+    tokens = torch.zeros(2, 16, dtype=torch.int64)
+    texts = set()
+    for rank in (0, 2):
+        for mesh in imagined(rank):
+            torch._dynamo.reset()
+            lsmc.compile(small("LN"), mesh=mesh)(tokens, tokens)
+            texts.add(graphs[-1].code)
+    assert len(texts) == 1
+    order = {n: i for i, n in enumerate(graphs[-1].graph.nodes)}
+    hidden = []
+    for gather in calls(graphs[-1], "all_gather_into_tensor"):
+        (wait,) = gather.users
+        hidden.append(" ".join(str(n.target) for n in order if order[gather] < order[n] < order[wait]))
+    tails, summaries, keys = hidden
+    assert "lsmc.fwd" in summaries
+    assert "cos" in keys and "cat" in keys
+
+
+def test_checkpointed_regions_are_rewritten_inside(sp: DeviceMesh, graphs: list[GraphModule]) -> None:
+    tokens = torch.zeros(2, 16, dtype=torch.int64)
+    lsmc.compile(small("L", activation_checkpointing=True), mesh=sp)(tokens, tokens)
+    assert not calls(graphs[-1], "lsmc.fwd")
+    assert [len(calls(m, "lsmc.incoming")) for m in graphs[-1].modules() if isinstance(m, GraphModule)].count(1) == 1
+
+
+# --- what is refused
+
+
+REFUSED: dict[str, tuple[Callable[..., Any], tuple[int, ...], str]] = {
+    "uneven tokens": (lambda x: x * 2, (2, 10, 3), "the sequence, dimension 1 of x, is 10, which the 4 ranks of axis 'sp'"),
+    "a part of the tokens": (lambda x: x[:, 1:] * 2, (2, 8, 3), "getitem takes the tokens from 1 to 8"),
+    "one token": (lambda x: x[:, 0] * 2, (2, 8, 3), "getitem takes one token"),
+    "a sum along the tokens": (lambda x: x.cumsum(1), (2, 8, 3), "cumsum goes along the dimension that holds them"),
+    "a maximum over tokens": (lambda x: x.amax(), (2, 8, 3), "amax goes along the dimension"),
+    "tokens by tokens": (lambda x: x @ x.transpose(1, 2), (2, 8, 3), "matmul contracts"),
+    "padding with more tokens": (lambda x: F.pad(x, (0, 0, 0, 1)), (2, 8, 3), "pad adds entries to the dimension"),
+    "looking back too far": (lambda x: F.pad(x, (0, 0, 3, 0))[:, :8], (2, 8, 3), "pad looks back 3 tokens, and a rank has 2"),
+    "dropout": (lambda x: F.dropout(x, 0.5), (2, 8, 3), "dropout is not known to keep them apart"),
+    "an unknown function": (lambda x: torch.fft.fft(x, dim=1).real, (2, 8, 3), "fft is not known to keep them apart"),
+    "nothing to split": (lambda x: x * 2, (8,), "no argument of the model holds the sequence"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_an_axis_cannot_split_is_refused_by_name(what: str, sp: DeviceMesh, graphs: list[GraphModule]) -> None:
+    """Before a graph is compiled, let alone a collective runs; with the line of the model."""
+    function, shape, message = REFUSED[what]
+    with pytest.raises(LsmMeshError, match=re.escape(message)) as caught:
+        lsmc.compile(function, mesh=sp)(torch.zeros(shape))
+    assert not graphs
+    assert "splits" not in message or "test_mesh.py" in str(caught.value)
+
+
+def test_packed_sequences_are_refused_by_name(sp: DeviceMesh) -> None:
+    inputs = sample(lsmc.zoo.bla, Case(time=8, key_dim=2, value_dim=2)).inputs
+    with pytest.raises(LsmMeshError, match="cu_seqlens"):
+        lsmc.compile(lambda x, ends: lsmc.zoo.bla(**x, cu_seqlens=ends), mesh=sp)(inputs, torch.tensor([0, 3, 8]))
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (lambda: "sp=2", {}, "is no DeviceMesh"),
+        (lambda: init_device_mesh("cpu", (RANKS,), mesh_dim_names=("cp",)), {}, "an axis 'cp', over which nothing is split"),
+        (lambda: init_device_mesh("cpu", (RANKS,)), {}, "have no names"),
+        (lambda: init_device_mesh("cpu", (RANKS,), mesh_dim_names=("sp",)), {"dynamic": True}, "dynamic=True beside a mesh"),
+        (lambda: init_device_mesh("cpu", (RANKS,), mesh_dim_names=("sp",)), {"fullgraph": False}, "fullgraph=False beside"),
+    ],
+)
+def test_a_mesh_that_cannot_work_is_refused(make: Callable[[], Any], options: dict[str, Any], message: str, sp: DeviceMesh) -> None:
+    with pytest.raises(LsmError, match=re.escape(message)):
+        lsmc.compile(nn.Identity(), mesh=make(), **options)
+
+
+def test_no_model_knows_of_ranks() -> None:
+    """Model files name no rank, no mesh and no collective: everything of that kind is inserted."""
+    words = {"rank", "mesh", "group", "world_size", "distributed", "dist", "collectives", "all_gather", "all_reduce", "shard", "DTensor"}
+    for path in (Path(lsmc.models.__file__).parent).glob("*.py"):
+        tree = ast.walk(ast.parse(path.read_text()))
+        named = {part for n in tree for f in ("id", "attr", "arg", "module", "name") if isinstance(getattr(n, f, None), str)
+                 for part in getattr(n, f).split(".")}  # fmt: skip
+        assert not named & words, path.name
