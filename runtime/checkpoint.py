@@ -65,7 +65,7 @@ def _names(model: nn.Module) -> dict[Tensor, str]:
 def model_tensors(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
     """Parameters and buffers, whole, under their names; on ranks that only help to join them, with `keep` false, none."""
     parts = parts_of(model)
-    return _whole({plain(n): (x.detach(), parts.get(x)) for n, x in model.state_dict(keep_vars=True).items()}, keep)
+    return _whole({plain(n): (x.detach(), parts.get(plain(n))) for n, x in model.state_dict().items()}, keep)
 
 
 def optimizer_tensors(
@@ -77,7 +77,7 @@ def optimizer_tensors(
         {
             f"optimizer.{key}.{names[parameter]}": (
                 torch.as_tensor(value),
-                parts.get(parameter) if getattr(value, "shape", None) == parameter.shape else None,
+                parts.get(names[parameter]) if getattr(value, "shape", None) == parameter.shape else None,
             )
             for parameter, state in sorted(optimizer.state.items(), key=lambda entry: names[entry[0]])
             for key, value in state.items()
@@ -105,7 +105,7 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: 
             # Step counts too: a fused optimizer keeps them beside the parameter.
             value = tensor.to(target.device).clone()
             moment = value.ndim > 0 or target.ndim == 0
-            optimizer.state[target][key] = dealt(value, target, parts.get(target)) if moment else value
+            optimizer.state[target][key] = dealt(value, target, parts.get(parameter)) if moment else value
 
 
 def generator_tensors() -> dict[str, Tensor]:
@@ -220,13 +220,13 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None =
         training = load_file(path / _FILES[1]) if optimizer is not None else {}
     except (OSError, SafetensorError) as error:
         raise LsmCheckpointError(f"{path}: {error}") from error
-    own, parts = {plain(n): x for n, x in model.state_dict(keep_vars=True).items()}, parts_of(model)
+    own, parts = {plain(n): x for n, x in model.state_dict().items()}, parts_of(model)
     for name in sorted(own.keys() ^ tensors.keys()):
         where = "the checkpoint lacks" if name in own else "the model lacks"
         raise LsmCheckpointError(f"{path / _FILES[0]}: {where} {name}; it belongs to another configuration")
     values = {}
     for name, tensor in tensors.items():
-        part = parts.get(own[name])
+        part = parts.get(name)
         shape = tuple(own[name].shape) if part is None else part.whole_shape(own[name])
         if tensor.shape != shape:
             raise LsmCheckpointError(

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from lsmc.runtime import checkpoint
 from lsmc.runtime.data import Batches, Corpus, DataConfig, evaluation_batches, load, tokenizer
@@ -375,13 +375,15 @@ class Trainer:
         """Bits a byte on held-out text, each window read from an empty memory."""
         self.model.eval()
         total, count = 0.0, 0
-        model = self.model if self.ranks.mesh is None else self.forward
+        model: Any = self.model if self.ranks.mesh is None else self.forward
         for tokens, targets in self._evaluation_batches(limit):
             self.ranks.at(f"the evaluation after step {self.step}")
             with self._autocast():
                 losses = model(tokens.to(self.device), targets.to(self.device))
             total += losses.nll.item() * tokens.numel()
             count += tokens.numel()
+        if isinstance(model, FSDPModule):
+            model.reshard()
         self.model.train()
         return total / count * self.bits
 

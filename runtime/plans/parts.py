@@ -75,12 +75,12 @@ def keep_parts(model: nn.Module, mesh: Any, *inputs: Any) -> list[str]:
 # --- tensors that ranks hold in parts: by `Part`, by FSDP2, or by both
 
 
-def parts_of(model: nn.Module) -> dict[Tensor, Part]:
-    """The parameters of which this rank holds its part."""
+def parts_of(model: nn.Module) -> dict[str, Part]:
+    """The parameters of which this rank holds its part, by their plain names."""
     return {
-        held.original: held[0]
-        for module in model.modules() if parametrize.is_parametrized(module)
-        for held in module.parametrizations.values() if isinstance(held[0], Part)  # type: ignore[union-attr,operator]
+        plain(f"{name}.{leaf}".lstrip(".")): held[0]
+        for name, module in model.named_modules() if parametrize.is_parametrized(module)
+        for leaf, held in module.parametrizations.items() if isinstance(held[0], Part)  # type: ignore[union-attr,operator]
     }  # fmt: skip
 
 
@@ -106,15 +106,16 @@ def dealt(whole: Tensor, like: Tensor, part: Part | None) -> Tensor:
 def clip_gradients(model: nn.Module, mesh: Any, limit: float) -> Tensor:
     """Scale all gradients so that their norm over all parameters, as one process has them, is at most `limit`; that norm."""
     parts, sums, locals_ = parts_of(model), dict[tuple[str, ...], Tensor](), list[Tensor]()
-    for p in model.parameters():
+    for name, p in model.named_parameters():
         if p.grad is None:
             continue
+        part = parts.get(plain(name))
         g, over = p.grad, list[str]()
         local = g.to_local() if isinstance(g, DTensor) else g
         squares = local.to(torch.promote_types(local.dtype, torch.float32)).square()
-        if p in parts:
-            squares = _once(squares, g, parts[p])
-            over.append(parts[p].axis.name)
+        if part is not None:
+            squares = _once(squares, g, part)
+            over.append(part.axis.name)
         if isinstance(g, DTensor):
             over += [name for name, at in zip(g.device_mesh.mesh_dim_names or (), g.placements) if at.is_shard()]
         key = tuple(over)
