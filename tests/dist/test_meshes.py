@@ -19,6 +19,7 @@ from lsmc import LSM, M, Vector, k, outer, q, v
 from lsmc.cases import Case, sample, tensors
 from lsmc.models import HybridMoE, config
 from lsmc.zoo import METHODS
+from tests.dist.parts import check_parts
 from tests.dist.ranks import run
 
 normalised = LSM("normalised", decay=Vector("g"), update=outer(lsmc.exp(k / 2), v),
@@ -60,7 +61,7 @@ def check_operator(op: LSM, mesh: DeviceMesh) -> None:
 def small(lsm: str, pattern: str, **options: Any) -> HybridMoE:
     torch.manual_seed(0)
     size = {"hidden": 16, "heads": 2, "vocabulary": 13, "gate_rank": 4, "moe": {"experts": 4, "top_k": 2, "width": 8}}
-    return HybridMoE(config("tiny", lsm=lsm, pattern=pattern, **size, **options)).double()
+    return HybridMoE(config("tiny", lsm=lsm, pattern=pattern, **size | options)).double()
 
 
 def text(batch: int, tokens: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -92,21 +93,28 @@ def named(**sizes: int) -> DeviceMesh:
     return init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
-def on_two() -> None:
+def on_two(folder: Path) -> None:
     with as_they_are():
         for op in (lsmc.zoo.gla, lsmc.zoo.kda):
             check_operator(op, named(sp=2))
         check_model(small("gated_deltanet", "LN"), named(dp=1, sp=2))
+        check_parts(small("gla", "LN", value_heads=4), named(tp=2), text(2, 16, seed=0), folder)
 
 
-def on_four() -> None:
+def on_four(folder: Path) -> None:
     with as_they_are():
         for op in (*METHODS, normalised):
             check_operator(op, named(sp=4))
         for lsm in ("bla", "mamba2", "gla", "kda", "titans"):
             check_model(small(lsm, "LLLN"), named(sp=4))
             check_model(small(lsm, "LLLN", activation_checkpointing=True), named(dp=2, sp=2))
+            check_model(small(lsm, "LLLN", heads=4), named(tp=4))
+            check_model(small(lsm, "LLLN", activation_checkpointing=True), named(tp=2, sp=2))
         check_model(small("gla", "LLLN"), named(sp=2, dp=2), steps=20, tolerance=1e-8)
+        check_model(small("gated_deltanet", "LLLN"), named(sp=2, tp=2), steps=20, tolerance=1e-8)
+        shared = {"experts": 4, "top_k": 2, "width": 8, "shared_width": 6}
+        for mesh, fsdp in ((named(dp=2, tp=2), True), (named(tp=2, sp=2), False)):
+            check_parts(small("kda", "LN", moe=shared), mesh, text(2, 16, seed=0), folder / str(fsdp), fsdp)
 
 
 def through_inductor() -> None:
@@ -115,14 +123,14 @@ def through_inductor() -> None:
 
 def test_two_ranks_compute_what_one_does(tmp_path: Path) -> None:
     """Operators: output, final memories, every gradient. A model: losses, the gradient of every parameter."""
-    run(on_two, 2, tmp_path)
+    run(on_two, 2, tmp_path, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_four_ranks_compute_what_one_does(tmp_path: Path) -> None:
     """Every method, models of each structure, dp and sp in both orders, 20 steps of training."""
-    run(on_four, 4, tmp_path)
+    run(on_four, 4, tmp_path, tmp_path)
 
 
 @pytest.mark.slow
