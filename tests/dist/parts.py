@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn import functional as F
 
 import lsmc
 from lsmc.runtime import checkpoint
@@ -19,6 +20,35 @@ from lsmc.runtime.plans.parts import clip_gradients, joined, keep_parts, parts_o
 def close(found: Tensor, wanted: Tensor, what: str, tolerance: float = 1e-10) -> None:
     error = (found - wanted).abs().max().item()
     assert error <= tolerance * max(1.0, wanted.abs().max().item()), f"{what}: {error:.1e}"
+
+
+class Odd(nn.Module):
+    """What HybridMoE has not: heads without a projection, and heads that are mixed, summed and contracted in every way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fused, self.outer = nn.Linear(8, 12), nn.Linear(8, 8)
+        self.slope, self.mix = nn.Parameter(torch.rand(4)), nn.Parameter(torch.rand(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, low = self.fused(x).split([8, 4], -1)
+        q, k, v = h.unflatten(-1, (4, 2)), x.unflatten(-1, (4, 2)).flip(2), F.silu(x).view(2, 16, 4, 2)
+        o = lsmc.zoo.retnet(q=q, k=k, v=v, log_a=-F.softplus(self.slope))
+        contracted = self.outer(o.flatten(2)) + o.flatten(2) @ self.mix
+        mixed = o.sum(2).repeat(1, 1, 4) + o.sort(2)[0].reshape(2, 16, 8)
+        return contracted + mixed * low.mean(-1, keepdim=True)
+
+
+def check_odd(mesh: DeviceMesh) -> None:
+    """What has no rule is computed from whole values, and every gradient is that of one process."""
+    torch.manual_seed(0)
+    model, x = Odd().double(), torch.randn(2, 16, 8, dtype=torch.float64, requires_grad=True)
+    leaves, results = (x, *model.parameters()), list[list[Tensor]]()
+    for run in (lsmc.compile(model, mesh=mesh), model):
+        y = run(x)
+        results.append([y, *torch.autograd.grad(y.sin().sum(), leaves)])
+    for i, (found, wanted) in enumerate(zip(*results, strict=True)):
+        close(found, wanted, f"value {i}")
 
 
 def check_parts(model: nn.Module, mesh: DeviceMesh, tokens: tuple[Tensor, Tensor], folder: Path, fsdp: bool = False) -> None:

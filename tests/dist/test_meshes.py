@@ -19,7 +19,7 @@ from lsmc import LSM, M, Vector, k, outer, q, v
 from lsmc.cases import Case, sample, tensors
 from lsmc.models import HybridMoE, config
 from lsmc.zoo import METHODS
-from tests.dist.parts import check_parts
+from tests.dist.parts import check_odd, check_parts
 from tests.dist.ranks import run
 
 normalised = LSM("normalised", decay=Vector("g"), update=outer(lsmc.exp(k / 2), v),
@@ -98,6 +98,7 @@ def on_two(folder: Path) -> None:
         for op in (lsmc.zoo.gla, lsmc.zoo.kda):
             check_operator(op, named(sp=2))
         check_model(small("gated_deltanet", "LN"), named(dp=1, sp=2))
+        check_odd(named(tp=2))
         check_parts(small("gla", "LN", value_heads=4), named(tp=2), text(2, 16, seed=0), folder)
 
 

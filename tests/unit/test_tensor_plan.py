@@ -1,0 +1,147 @@
+"""Laws of the tensor plan: what is dealt out and how, what a layer exchanges, what is refused; and of what ranks agree on.
+
+The processes are imagined (torch's "fake" group): graphs are captured and rewritten as on real ones, and exchange nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.fx import GraphModule
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import lsmc
+from lsmc.models import HybridMoE, config
+from lsmc.runtime.errors import LsmConfigError, LsmMeshError
+from lsmc.runtime.plans.dims import _fused, _unfused
+from lsmc.runtime.plans.parts import layouts
+from lsmc.runtime.ranks import Ranks, parse
+from lsmc.runtime.train import TrainConfig
+
+TOKENS = torch.zeros(2, 16, dtype=torch.int64)
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[GraphModule]]:
+    """What `lsmc.compile` hands to Inductor, which is left out: graphs run as they are."""
+    seen: list[GraphModule] = []
+
+    def keep(module: GraphModule, _: Any) -> Callable[..., Any]:
+        seen.append(module)
+        return module.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", keep)
+    yield seen
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def tp() -> Iterator[DeviceMesh]:
+    dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
+    yield init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    dist.destroy_process_group()
+
+
+def model(pattern: str, heads: int = 2, **moe: int) -> HybridMoE:
+    sizes = {"experts": 2, "top_k": 1, "width": 8, "shared_width": 6} | moe
+    return HybridMoE(config("tiny", lsm="gla", pattern=pattern, hidden=12, heads=heads, vocabulary=13, gate_rank=3, moe=sizes))
+
+
+def test_parameters_are_dealt_out_with_the_heads_and_widths_that_they_serve(tp: DeviceMesh) -> None:
+    """Each section of a fused projection by itself; the low rank of a gate, norms, routers, embedding and head stay whole."""
+    found = {name: (s.dim, sorted(s.spans)) for name, s in layouts(model("LN"), tp, TOKENS, TOKENS).items()}
+    q, k, v, low, gate = (0, 12), (12, 24), (24, 36), 3, (39, 51)
+    assert gate[0] == v[1] + low
+    experts = {
+        f"blocks.{i}.experts.{name}": split
+        for i in range(2)
+        for name, split in {
+            "w_in": (1, [(0, 8), (8, 16)]), "w_out": (2, [(0, 8)]),
+            "shared.w_in.weight": (0, [(0, 6), (6, 12)]), "shared.w_out.weight": (1, [(0, 6)]),
+        }.items()
+    }  # fmt: skip
+    assert found == experts | {
+        "blocks.0.mixer.project.weight": (0, [q, k, v, gate]),
+        "blocks.0.mixer.convolution.weight": (1, [q, k, v]),
+        "blocks.0.mixer.expand.g.weight": (0, [(0, 12)]),
+        "blocks.0.mixer.expand.g.bias": (0, [(0, 12)]),
+        "blocks.0.mixer.out.weight": (1, [(0, 12)]),
+        "blocks.1.mixer.project.weight": (0, [q, k, v]),
+        "blocks.1.mixer.out.weight": (1, [(0, 12)]),
+    }
+
+
+def test_a_layer_takes_one_sum_in_each_direction(tp: DeviceMesh, graphs: list[GraphModule]) -> None:
+    """A mixer and a layer of experts, shared one included: one all-reduce forward; backward one for each value that enters."""
+    losses = lsmc.compile(model("LN"), mesh=tp)(TOKENS, TOKENS)
+    names = [str(n.target) for n in graphs[-1].graph.nodes]
+    assert names.count("lsmc.summed.default") == 4
+    assert not any("joined" in name for name in names)
+    losses.total.backward()
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "heads of an operator": (lambda: model("L", heads=3), "the number of heads of gla .* is 3, which the 2 ranks of axis 'tp'"),
+    "heads of attention": (lambda: model("N", heads=1), "the number of attention heads is 1, which the 2 ranks"),
+    "widths": (lambda: model("L", width=7), "the width of the experts is 7, which the 2 ranks"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_dealt_out_is_refused_by_name(case: str, tp: DeviceMesh, graphs: list[GraphModule]) -> None:
+    make, message = REFUSED[case]
+    with pytest.raises(LsmMeshError, match=message):
+        lsmc.compile(make(), mesh=tp)(TOKENS, TOKENS)
+
+
+@given(st.data())
+def test_spans_of_a_factor_are_spans_of_the_product(data: st.DataObject) -> None:
+    factors = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
+    place = data.draw(st.integers(0, len(factors) - 1))
+    edges = sorted(data.draw(st.sets(st.integers(0, factors[place]))))
+    spans = frozenset(zip(edges[::2], edges[1::2]))
+    entries = {i for a, b in _fused(spans, place, factors) for i in range(a, b)}
+    inner, size = math.prod(factors[place + 1 :]), factors[place]
+    assert entries == {i for i in range(math.prod(factors)) if any(a <= i // inner % size < b for a, b in spans)}
+    assert _unfused(_fused(spans, place, factors), place, factors) == spans
+
+
+# --- what ranks agree on
+
+
+def test_meshes_are_read_from_text() -> None:
+    assert parse("dp=2,tp=4") == {"dp": 2, "tp": 4}
+    for text in ("dp", "xp=2", "dp=0", "dp=2,dp=2", "dp=two"):
+        with pytest.raises(LsmConfigError, match="is not AXIS=SIZE"):
+            parse(text)
+    with pytest.raises(LsmConfigError, match="TrainConfig.fsdp = True: needs a mesh with an axis dp"):
+        TrainConfig(mesh="sp=2", fsdp=True)
+
+
+def test_a_mesh_of_more_processes_than_there_are_says_how_to_start_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(LsmConfigError, match="takes 4 processes, and this is one of 1\nhelp: torchrun --nproc-per-node 4"):
+        Ranks("dp=2,sp=2", torch.device("cpu"), 10.0)
+
+
+def test_who_is_missing_is_who_gives_no_sign_and_else_who_is_behind() -> None:
+    ranks = Ranks("", torch.device("cpu"), 10.0)
+    ranks.count = 3
+    before = {0: (5, 7, "step 2"), 1: (5, 7, "step 2"), 2: (5, 6, "the batch of step 2")}
+    seen: dict[int, tuple[int, int, str]] = {rank: (sign + 1, place, what) for rank, (sign, place, what) in before.items()}
+    ranks._others = lambda: seen  # type: ignore[method-assign]
+    assert ranks._behind(before) == "rank 2 is still at the batch of step 2"
+    seen[1] = before[1]
+    assert ranks._behind(before) == "rank 1 does not answer (it was at step 2)"
+    del seen[1]
+    assert ranks._behind(before) == "rank 1 does not answer (it never began)"
