@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,12 +22,13 @@ from torch.fx.node import map_arg
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lsmc.errors import LsmError
 from lsmc.lowering import ops
 from lsmc.lowering.torch_maps import NAMES
 from lsmc.lowering.torch_maps import POINTWISE as MAPS
 from lsmc.runtime import collectives
 from lsmc.runtime.errors import LsmMeshError
-from lsmc.runtime.insert import Value, Writer, example, hasten, mode_of
+from lsmc.runtime.insert import Value, Writer, example, hasten, mode_of, source
 from lsmc.runtime.mesh import AXES, Axis
 
 
@@ -47,8 +47,6 @@ class Split:
         n = shape[self.dim]
         return (*shape[: self.dim], (n - self.ahead) // ranks + self.ahead, *shape[self.dim + 1 :])
 
-
-_TORCH = str(Path(torch.__file__).parent)
 
 Rule = Callable[..., Any]
 """rule(spread, node, *args, **kwargs): the value of `node` for parts, its place marked; a tuple of them where it has several."""
@@ -113,7 +111,7 @@ class Spread:
         for node in old.nodes:
             self.writer.origin = node
             if node.op == "get_attr":
-                self.env[node] = self.writer.proxy(new.node_copy(node))
+                self.env[node] = self.writer.attribute(module, node)
             elif node.op == "output":
                 values = map_arg(node.args[0], lambda n: self.env[n])
                 if given is None:
@@ -140,7 +138,7 @@ class Spread:
 
         def ends(node: Node) -> bool:
             for user in node.users:
-                if user.target is torch.ops.lsmc.shared.default:
+                if user.target is torch.ops.lsmc.shared.default and user.args[1] == self.axis.group:
                     found.append(user)
                 elif user.op == "output" or user in self.place or user.all_input_nodes != [node] or not ends(user):
                     return False
@@ -192,7 +190,9 @@ class Spread:
             raise self.refused(node, "is not known to keep them apart")
         try:
             value = rule(self, node, *args, **kwargs)
-        except TypeError as error:  # arguments that no rule knows
+        except LsmError:
+            raise
+        except Exception as error:  # arguments that no rule knows
             raise self.refused(node, f"is called in a way that is not known to keep them apart ({error})") from error
         if isinstance(value, tuple):
             pairs = [(v.example, self.of(v)) for v in value]
@@ -326,10 +326,7 @@ class Spread:
 
     def refused(self, node: Node, why: str) -> LsmMeshError:
         """The error for a node that does not keep parts apart."""
-        trace = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
-        users = [i for i, line in enumerate(trace) if line.startswith("File ") and _TORCH not in line]
-        last = max(users, default=None)
-        place = "" if last is None else "".join(f"\n    {line.removeprefix('File ')}" for line in trace[last : last + 2])
+        place = "".join(f"\n    {line}" for line in source(node))
         return LsmMeshError(f"axis {self.axis.name!r} splits {AXES[self.axis.name]}, and {name_of(node)} {why}{place}")
 
 
@@ -573,12 +570,14 @@ def batched(s: Spread, node: Node, inputs: Sequence[Value], start: Sequence[Valu
     """An LSM operator whose sequences are dealt out."""
     if cu_seqlens is not None:
         raise s.refused(node, "has packed sequences (cu_seqlens), which are one batch")
-    split = s.only(node, *(v for v in inputs if s.of(v) is not None))
-    if any(s.of(v) is not None and s.of(v).dim != 0 for v in inputs):
+    places = {split for v in (*inputs, *start) if (split := s.of(v)) is not None}
+    if len(places) != 1 or (split := places.pop()) != Split(0, split.size):
         raise s.refused(node, "goes along the dimension that holds them")
-    given = [v if s.of(v) is not None else s.used(v) for v in inputs]
+    tokens = {f.name for f in ops.plan_of(spec).canonical.inputs if f.per == "token"}
+    given = [v if s.of(v) is not None else s.taken(v, 0) if name in tokens else s.used(v)
+             for name, v in zip(ops.plan_of(spec).inputs, inputs, strict=True)]
     first = [v if s.of(v) is not None else s.taken(v, 0) for v in start]
-    return s.follow(node, s.writer.call(node, (given, first, None, spec), {}), replace(split, dim=0))
+    return s.follow(node, s.writer.call(node, (given, first, None, spec), {}), split)
 
 
 def attention(s: Spread, node: Node, q: Value, k: Value, v: Value, attn_mask: Any = None, dropout_p: float = 0.0,

@@ -94,15 +94,16 @@ def named(**sizes: int) -> DeviceMesh:
 
 def on_two() -> None:
     with as_they_are():
-        for op in (lsmc.zoo.gla, lsmc.zoo.kda):
-            check_operator(op, named(sp=2))
-        check_model(small("gated_deltanet", "LN"), named(dp=1, sp=2))
+        check_operator(lsmc.zoo.mamba2, named(sp=2))
+        check_operator(lsmc.zoo.mamba2, named(dp=2))
+        check_model(small("kda", "LN"), named(dp=1, sp=2))
 
 
 def on_four() -> None:
     with as_they_are():
         for op in (*METHODS, normalised):
             check_operator(op, named(sp=4))
+            check_operator(op, named(dp=2, sp=2))
         for lsm in ("bla", "mamba2", "gla", "kda", "titans"):
             check_model(small(lsm, "LLLN"), named(sp=4))
             check_model(small(lsm, "LLLN", activation_checkpointing=True), named(dp=2, sp=2))
