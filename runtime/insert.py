@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -86,32 +86,27 @@ def passes(axes: Mapping[str, Axis], plans: Iterable[tuple[str, str, Plan]]) -> 
     return {name: on(plan, axes[axis]) for name, axis, plan in plans if axis in axes}
 
 
-class Value(Proxy):
+if TYPE_CHECKING:
+
+    class _Proxy(Tensor):  # what a type checker may take a proxy for
+        node: Node
+
+else:
+    _Proxy = Proxy
+
+
+class Value(_Proxy):
     """A node under construction that has the shape, type and device of what it will compute."""
 
     @property
     def example(self) -> Any:
         return self.node.meta.get("example_value")
 
-    @property
-    def shape(self) -> torch.Size:
-        return self.example.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.example.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.example.device
-
-    @property
-    def ndim(self) -> int:
-        return self.example.ndim
-
-    @property
-    def requires_grad(self) -> bool:
-        return self.example.requires_grad
+    if not TYPE_CHECKING:
+        shape, dtype, device, ndim, requires_grad = (
+            property(lambda self, name=name: getattr(self.example, name))
+            for name in ("shape", "dtype", "device", "ndim", "requires_grad")
+        )
 
     def dim(self) -> int:
         return self.ndim
@@ -128,7 +123,7 @@ class Writer(GraphAppendingTracer):
         self.mode = mode
         self.origin: Node | None = None
 
-    def proxy(self, node: Node) -> Value:
+    def proxy(self, node: Node) -> Any:
         return Value(node, self)
 
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None,
@@ -157,7 +152,7 @@ class Writer(GraphAppendingTracer):
 
     def call(self, node: Node, args: Any, kwargs: Any) -> Value:
         """The same call as `node`, of other arguments."""
-        made: Value = self.create_proxy(node.op, node.target, tuple(args), kwargs)
+        made: Any = self.create_proxy(node.op, node.target, tuple(args), kwargs)
         return made
 
 
