@@ -82,17 +82,18 @@ def _exchanges(method: str, mesh: str, size: str, pattern: str | None, batch: in
         model = HybridMoE(config(size, lsm=_resolve(method), **layers))
         text = torch.zeros(batch, tokens, dtype=torch.int64)
         found = traffic(capture(model, axes, text, text), axes)
-    columns = "axis", "of", "times", "forward", "backward", "bytes forward", "bytes backward", "overlaps"
-    table = Table(*columns, box=None, pad_edge=False,
-                  title=f"{mesh}: what a rank receives in one step of {size}, {batch} × {tokens} tokens, float32")
+    table = Table(box=None, pad_edge=False, title_justify="left",
+                  title=f"What a rank of {mesh} receives in one step of {size}: {batch} × {tokens} tokens, float32")
+    for column in ("axis", "of", "times", "forward", "bytes", "backward", "bytes", "overlaps"):
+        table.add_column(column, no_wrap=column != "of", justify="right" if column in ("times", "bytes") else "left")
     rows: dict[tuple[str, ...], list[Message]] = {}
     for m in found:
         rows.setdefault((m.axis, m.of, m.forward, m.backward), []).append(m)
     for (axis, of, forward, backward), many in rows.items():
         there, back = sum(m.forward_bytes for m in many), sum(m.backward_bytes for m in many)
         hidden = min(m.behind for m in many)
-        table.add_row(axis, escape(of), str(len(many)), forward, backward, f"{there:,}", f"{back:,}",
-                      f"{hidden} operations" if hidden else "")
+        table.add_row(axis, escape(of), str(len(many)), forward, f"{there:,}" if there else "", backward,
+                      f"{back:,}" if back else "", f"{hidden} operations" if hidden else "")
     return table
 
 

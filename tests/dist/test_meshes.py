@@ -72,6 +72,7 @@ def text(batch: int, tokens: int, seed: int) -> tuple[Tensor, Tensor]:
 def check_model(model: HybridMoE, mesh: DeviceMesh, steps: int = 1, tolerance: float = 1e-10) -> None:
     """Losses and the gradient of every parameter, in every step of training."""
     own = copy.deepcopy(model)
+    torch._dynamo.reset()
     compiled = lsmc.compile(own, mesh=mesh)
     optimisers = [torch.optim.AdamW(m.parameters(), lr=0.01) for m in (own, model)]
     for step in range(steps):
