@@ -160,7 +160,7 @@ def _summary(inputs: Sequence[Tensor], spec: str) -> Tensor:
     c, at = plan.canonical, _Values(plan, inputs)
     gk, gv, turn = (None if part is None else at.tile(part) for part in (c.decay_k, c.decay_v, c.phase))
     decay_k, decay_v = (None if g is None else _suffix(g).exp() for g in (gk, gv))
-    states = [0.0] * len(c.states)
+    states: list[Any] = [0.0] * len(c.states)
     for write in c.writes:
         key, value = at.tile(write.key, "K"), at.tile(write.value, "V")
         key = key if decay_k is None else key * decay_k

@@ -40,10 +40,18 @@ def explain(
     method: Method,
     /,
     stage: Annotated[str | None, arg(help="print this stage alone; `--stage list` names the stages")] = None,
+    mesh: Annotated[str | None, arg(help="the method in a model on this mesh, such as sp=4,dp=2: what its ranks exchange")] = None,
+    size: Annotated[str, arg(help="with --mesh, the model's configuration")] = "tiny",
+    pattern: Annotated[str | None, arg(help="with --mesh, its layers, such as LLLN")] = None,
+    batch: Annotated[int, arg(help="with --mesh, sequences in a step, on all ranks")] = 8,
+    tokens: Annotated[int, arg(help="with --mesh, tokens in a sequence")] = 4096,
 ) -> None:
     """How a method is compiled: every stage from the declaration to the emitted code, and why this schedule."""
     from lsmc.errors import LsmNameError
 
+    if mesh is not None:
+        _console().print(_exchanges(method, mesh, size, pattern, batch, tokens))
+        return
     stages = _explanation(method).stages()
     console = _console()
     if stage == "list":
@@ -58,6 +66,35 @@ def explain(
         if stage in (None, name):
             sys.stdout.write(text.rstrip("\n") + "\n")
             sys.stdout.flush()
+
+
+def _exchanges(method: str, mesh: str, size: str, pattern: str | None, batch: int, tokens: int) -> Table:
+    """What the ranks of a mesh exchange in a step of a model: equal messages in one row."""
+    import torch
+    from torch._subclasses import FakeTensorMode
+
+    from lsmc.models import HybridMoE, config
+    from lsmc.runtime.traffic import Message, capture, parse, traffic
+
+    axes = parse(mesh)
+    layers = {} if pattern is None else {"pattern": pattern}
+    with FakeTensorMode():  # sizes without numbers
+        model = HybridMoE(config(size, lsm=_resolve(method), **layers))
+        text = torch.zeros(batch, tokens, dtype=torch.int64)
+        found = traffic(capture(model, axes, text, text), axes)
+    table = Table(box=None, pad_edge=False, title_justify="left",
+                  title=f"What a rank of {mesh} receives in one step of {size}: {batch} × {tokens} tokens, float32")
+    for column in ("axis", "of", "times", "forward", "bytes", "backward", "bytes", "overlaps"):
+        table.add_column(column, no_wrap=column != "of", justify="right" if column in ("times", "bytes") else "left")
+    rows: dict[tuple[str, ...], list[Message]] = {}
+    for m in found:
+        rows.setdefault((m.axis, m.of, m.forward, m.backward), []).append(m)
+    for (axis, of, forward, backward), many in rows.items():
+        there, back = sum(m.forward_bytes for m in many), sum(m.backward_bytes for m in many)
+        hidden = min(m.behind for m in many)
+        table.add_row(axis, escape(of), str(len(many)), forward, f"{there:,}" if there else "", backward,
+                      f"{back:,}" if back else "", f"{hidden} operations" if hidden else "")
+    return table
 
 
 def check(

@@ -33,9 +33,8 @@ _library = torch.library.Library("lsmc", "FRAGMENT")
 @torch.library.custom_op("lsmc::rank", mutates_args=())
 def _rank(like: Tensor, group: str) -> Tensor:
     """The place of this process in a group, () int64, on the device of `like`."""
-    from torch.distributed.distributed_c10d import _resolve_process_group
-
-    return torch.full((), _resolve_process_group(group).rank(), dtype=torch.int64, device=like.device)
+    groups: Any = torch.distributed.distributed_c10d
+    return torch.full((), groups._resolve_process_group(group).rank(), dtype=torch.int64, device=like.device)
 
 
 @_rank.register_fake

@@ -8,7 +8,8 @@ a `Writer`, whose values know their shapes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from lsmc.runtime.mesh import Axis
 Plan = Callable[[GraphModule, Axis], list[str]]
 """Spreads a graph, with the graphs nested in it, over an axis; says what it changed."""
 
+
+_INSIDE = (str(Path(torch.__file__).parent), *(str(Path(__file__).parents[1] / name) for name in ("lowering", "api.py", "lsm.py")))
+"""Where the lines are that tell a user nothing."""
 
 ISSUED = (torch.ops._c10d_functional.all_gather_into_tensor.default, torch.ops._c10d_functional.reduce_scatter_tensor.default)
 
@@ -82,32 +86,27 @@ def passes(axes: Mapping[str, Axis], plans: Iterable[tuple[str, str, Plan]]) -> 
     return {name: on(plan, axes[axis]) for name, axis, plan in plans if axis in axes}
 
 
-class Value(Proxy):
+if TYPE_CHECKING:
+
+    class _Proxy(Tensor):  # what a type checker may take a proxy for
+        node: Node
+
+else:
+    _Proxy = Proxy
+
+
+class Value(_Proxy):
     """A node under construction that has the shape, type and device of what it will compute."""
 
     @property
     def example(self) -> Any:
-        return self.node.meta["example_value"]
+        return self.node.meta.get("example_value")
 
-    @property
-    def shape(self) -> torch.Size:
-        return self.example.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.example.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.example.device
-
-    @property
-    def ndim(self) -> int:
-        return self.example.ndim
-
-    @property
-    def requires_grad(self) -> bool:
-        return self.example.requires_grad
+    if not TYPE_CHECKING:
+        shape, dtype, device, ndim, requires_grad = (
+            property(lambda self, name=name: getattr(self.example, name))
+            for name in ("shape", "dtype", "device", "ndim", "requires_grad")
+        )
 
     def dim(self) -> int:
         return self.ndim
@@ -124,7 +123,7 @@ class Writer(GraphAppendingTracer):
         self.mode = mode
         self.origin: Node | None = None
 
-    def proxy(self, node: Node) -> Value:
+    def proxy(self, node: Node) -> Any:
         return Value(node, self)
 
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None,
@@ -143,9 +142,17 @@ class Writer(GraphAppendingTracer):
                 return getattr(args[0], node.target)(*args[1:], **kwargs)  # type: ignore[arg-type]
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
+    def attribute(self, module: GraphModule, node: Node) -> Value:
+        """A copy of the node that takes an attribute of `module`."""
+        made = self.graph.node_copy(node)
+        value = getattr(module, str(node.target), None)
+        if isinstance(value, Tensor) and "example_value" not in made.meta:
+            made.meta["example_value"] = self.mode.from_tensor(value)
+        return self.proxy(made)
+
     def call(self, node: Node, args: Any, kwargs: Any) -> Value:
         """The same call as `node`, of other arguments."""
-        made: Value = self.create_proxy(node.op, node.target, tuple(args), kwargs)
+        made: Any = self.create_proxy(node.op, node.target, tuple(args), kwargs)
         return made
 
 
@@ -163,9 +170,16 @@ def example(node: Node) -> Any:
     return node.meta.get("example_value")
 
 
+def source(node: Node) -> list[str]:
+    """The place in the user's source that a node comes from, and the line there; nothing if that is not known."""
+    trace = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
+    lines = [i for i, line in enumerate(trace) if line.startswith("File ") and not any(part in line for part in _INSIDE)]
+    return [trace[lines[-1]].removeprefix("File "), trace[lines[-1] + 1]] if lines else []
+
+
 def tensors(value: Any) -> list[Tensor]:
     """The tensors of a nested value, in order."""
     return [x for x in torch.utils._pytree.tree_leaves(value) if isinstance(x, Tensor)]
 
 
-__all__ = ["Plan", "Value", "Writer", "example", "hasten", "mode_of", "passes", "tensors"]
+__all__ = ["Plan", "Value", "Writer", "example", "hasten", "mode_of", "passes", "source", "tensors"]

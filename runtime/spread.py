@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,12 +22,13 @@ from torch.fx.node import map_arg
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lsmc.errors import LsmError
 from lsmc.lowering import ops
 from lsmc.lowering.torch_maps import NAMES
 from lsmc.lowering.torch_maps import POINTWISE as MAPS
 from lsmc.runtime import collectives
 from lsmc.runtime.errors import LsmMeshError
-from lsmc.runtime.insert import Value, Writer, example, hasten, mode_of
+from lsmc.runtime.insert import Value, Writer, example, hasten, mode_of, source
 from lsmc.runtime.mesh import AXES, Axis
 
 
@@ -47,8 +47,6 @@ class Split:
         n = shape[self.dim]
         return (*shape[: self.dim], (n - self.ahead) // ranks + self.ahead, *shape[self.dim + 1 :])
 
-
-_TORCH = str(Path(torch.__file__).parent)
 
 Rule = Callable[..., Any]
 """rule(spread, node, *args, **kwargs): the value of `node` for parts, its place marked; a tuple of them where it has several."""
@@ -100,7 +98,7 @@ class Spread:
         for node, known in zip(inputs, given if given is not None else [None] * len(inputs), strict=True):
             made = new.node_copy(node)
             if hasattr(node, "_dynamo_source"):
-                made._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
+                made._dynamo_source = node._dynamo_source
             self.env[node] = value = self.writer.proxy(made)
             if known is not None:
                 made.meta["example_value"] = known[0]
@@ -113,7 +111,7 @@ class Spread:
         for node in old.nodes:
             self.writer.origin = node
             if node.op == "get_attr":
-                self.env[node] = self.writer.proxy(new.node_copy(node))
+                self.env[node] = self.writer.attribute(module, node)
             elif node.op == "output":
                 values = map_arg(node.args[0], lambda n: self.env[n])
                 if given is None:
@@ -140,7 +138,7 @@ class Spread:
 
         def ends(node: Node) -> bool:
             for user in node.users:
-                if user.target is torch.ops.lsmc.shared.default:
+                if user.target is torch.ops.lsmc.shared.default and user.args[1] == self.axis.group:
                     found.append(user)
                 elif user.op == "output" or user in self.place or user.all_input_nodes != [node] or not ends(user):
                     return False
@@ -155,7 +153,7 @@ class Spread:
         for user in users:
             user.replace_input_with(value.node, whole)
         for node in found:
-            node.replace_all_uses_with(node.args[0])
+            node.replace_all_uses_with(node.all_input_nodes[0])
             self.writer.graph.erase_node(node)
 
     def _inputs(self, nodes: Sequence[Node]) -> list[Node]:
@@ -168,7 +166,8 @@ class Spread:
                     raise LsmMeshError(f"{_shown(node)} has a size that is not known before it runs", help="leave out mark_dynamic")
                 leading.setdefault(tuple(x.shape[:2]), []).append(node)
         for _, node in ops.in_graph(self.module):  # its batch may have been split already
-            size = ops.extents(ops.plan_of(str(node.args[3])), [example(n) for n in node.args[0]])  # type: ignore[union-attr]
+            given: Any = node.args[0]
+            size = ops.extents(ops.plan_of(str(node.args[3])), [example(n) for n in given])
             known = {bt: found for bt, found in leading.items() if bt[0] % size.batch == 0 and bt[1] == size.tokens}
             leading = known or leading
         what = AXES[self.axis.name]
@@ -182,7 +181,7 @@ class Spread:
         return found
 
     def _call(self, node: Node) -> Any:
-        args, kwargs = map_arg((node.args, node.kwargs), lambda n: self.env[n])
+        args, kwargs = self._operands(node, self.env.__getitem__)
         if name_of(node) == "getitem" and isinstance(args[0], tuple):
             return args[0][args[1]]
         if not any(self.of(v) is not None for v in _values((args, kwargs))):
@@ -192,7 +191,9 @@ class Spread:
             raise self.refused(node, "is not known to keep them apart")
         try:
             value = rule(self, node, *args, **kwargs)
-        except TypeError as error:  # arguments that no rule knows
+        except LsmError:
+            raise
+        except Exception as error:  # arguments that no rule knows
             raise self.refused(node, f"is called in a way that is not known to keep them apart ({error})") from error
         if isinstance(value, tuple):
             pairs = [(v.example, self.of(v)) for v in value]
@@ -204,6 +205,11 @@ class Spread:
                 if tuple(x.shape) != tuple(wanted):
                     raise self.refused(node, f"makes {tuple(x.shape)} of a part and {tuple(whole.shape)} of the whole")
         return value
+
+    @staticmethod
+    def _operands(node: Node, value: Callable[[Node], Any]) -> tuple[Any, Any]:
+        operands: Any = map_arg((node.args, node.kwargs), value)
+        return operands
 
     def _copied(self, node: Node, args: Any, kwargs: Any) -> Value:
         """A node of whole operands, as it was."""
@@ -223,11 +229,11 @@ class Spread:
 
     # -- places
 
-    def of(self, value: Value) -> Any:
+    def of(self, value: Any) -> Any:
         """The place of the parts of a value: a Split, None of a whole, or several of them."""
         return self.place.get(value.node)
 
-    def mark(self, value: Value, split: Any) -> Value:
+    def mark(self, value: Any, split: Any) -> Any:
         """Say where the parts of a value lie."""
         if split is not None:
             self.place[value.node] = split
@@ -237,7 +243,7 @@ class Spread:
         found = self.of(value)
         return list(found) if isinstance(found, tuple) else [found] * len(tree_leaves(value.example))
 
-    def follow(self, node: Node, value: Value, before: Split) -> Value:
+    def follow(self, node: Node, value: Any, before: Split) -> Any:
         """The parts stayed apart: they lie along the one dimension in which part and whole differ."""
         def place(x: Any, whole: Any) -> Split | None:
             if not isinstance(x, Tensor):
@@ -251,12 +257,12 @@ class Spread:
             return self.mark(value, tuple(place(x, w) for x, w in zip(value.example, example(node), strict=True)))
         return self.mark(value, place(value.example, example(node)))
 
-    def again(self, node: Node, args: Any, kwargs: Any, before: Split) -> Value:
+    def again(self, node: Node, args: Any, kwargs: Any, before: Split) -> Any:
         """The same call of parts, which it keeps apart; whole operands are shared."""
         args, kwargs = _mapped(self.used, (args, kwargs))
         return self.follow(node, self.writer.call(node, args, kwargs), before)
 
-    def used(self, value: Value) -> Value:
+    def used(self, value: Any) -> Any:
         """A value as an operand beside parts."""
         if self.of(value) is not None or not isinstance(value.example, Tensor) or not value.requires_grad:
             return value
@@ -264,23 +270,23 @@ class Spread:
             self.memo["shared", value.node] = collectives.shared(value, self.axis)
         return self.memo["shared", value.node]
 
-    def rank(self) -> Value:
+    def rank(self) -> Any:
         """The rank along the axis."""
         if "rank" not in self.memo:
             first = next(n for n in self.writer.graph.nodes if n.op == "placeholder" and isinstance(example(n), Tensor))
             self.memo["rank"] = collectives.rank(self.writer.proxy(first), self.axis)
         return self.memo["rank"]
 
-    def taken(self, value: Value, dim: int) -> Value:
+    def taken(self, value: Any, dim: int) -> Any:
         """This rank's part of a whole value along `dim`; of ranges and what is computed from them, only the part."""
         key = ("part", value.node, dim)
         if key not in self.memo:
             self.memo[key] = self._taken(value, dim)
         return self.memo[key]
 
-    def _taken(self, value: Value, dim: int) -> Value:
+    def _taken(self, value: Any, dim: int) -> Any:
         node, name, n = value.node, name_of(value.node), self.axis.share(value.shape[dim], "a dimension")
-        args, kwargs = map_arg((node.args, node.kwargs), self.writer.proxy) if node.op.startswith("call") else ((), {})
+        args, kwargs = self._operands(node, self.writer.proxy)
         if value.requires_grad:
             return collectives.part(value, dim, self.axis)
         if name == "arange" and len(args) < 3 and all(isinstance(x, int) for x in args) and set(kwargs) <= {"device", "dtype"}:
@@ -297,7 +303,7 @@ class Spread:
                 return self.writer.call(node, (self.taken(args[0], dim - args[1][:dim].count(None)), args[1]), kwargs)
         return collectives.part(value, dim, self.axis)
 
-    def _whole(self, value: Value) -> Value:
+    def _whole(self, value: Any) -> Any:
         """All parts of an output."""
         split = self.of(value)
         if split is None:
@@ -317,7 +323,7 @@ class Spread:
             shape[split.dim] = (shape[split.dim] - split.ahead) * self.axis.size + split.ahead
         return tuple(shape)
 
-    def only(self, node: Node, *values: Value) -> Split:
+    def only(self, node: Node, *values: Any) -> Split:
         """The place that the split ones among the values share, seen from their last dimension; refuses different ones."""
         found = {replace(s, dim=s.dim - v.ndim) for v in values if (s := self.of(v)) is not None}
         if len(found) != 1 or not all(isinstance(s, Split) for s in found):
@@ -326,10 +332,7 @@ class Spread:
 
     def refused(self, node: Node, why: str) -> LsmMeshError:
         """The error for a node that does not keep parts apart."""
-        trace = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
-        users = [i for i, line in enumerate(trace) if line.startswith("File ") and _TORCH not in line]
-        last = max(users, default=None)
-        place = "" if last is None else "".join(f"\n    {line.removeprefix('File ')}" for line in trace[last : last + 2])
+        place = "".join(f"\n    {line}" for line in source(node))
         return LsmMeshError(f"axis {self.axis.name!r} splits {AXES[self.axis.name]}, and {name_of(node)} {why}{place}")
 
 
@@ -531,7 +534,7 @@ def cross_entropy(s: Spread, node: Node, x: Value, target: Value, weight: Any = 
     if split is None or split.dim == min(1, x.ndim - 1):
         raise s.refused(node, "goes along the dimension that holds them")
     target = target if s.of(target) is not None else s.taken(target, 0)
-    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    options: Any = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
     if reduction == "none":
         return s.follow(node, F.cross_entropy(x, target, reduction="none", **options), split)
     total = F.cross_entropy(x, target, reduction="sum", **options)
@@ -573,12 +576,14 @@ def batched(s: Spread, node: Node, inputs: Sequence[Value], start: Sequence[Valu
     """An LSM operator whose sequences are dealt out."""
     if cu_seqlens is not None:
         raise s.refused(node, "has packed sequences (cu_seqlens), which are one batch")
-    split = s.only(node, *(v for v in inputs if s.of(v) is not None))
-    if any(s.of(v) is not None and s.of(v).dim != 0 for v in inputs):
+    places = {split for v in (*inputs, *start) if (split := s.of(v)) is not None}
+    if len(places) != 1 or (split := places.pop()) != Split(0, split.size):
         raise s.refused(node, "goes along the dimension that holds them")
-    given = [v if s.of(v) is not None else s.used(v) for v in inputs]
+    tokens = {f.name for f in ops.plan_of(spec).canonical.inputs if f.per == "token"}
+    given = [v if s.of(v) is not None else s.taken(v, 0) if name in tokens else s.used(v)
+             for name, v in zip(ops.plan_of(spec).inputs, inputs, strict=True)]
     first = [v if s.of(v) is not None else s.taken(v, 0) for v in start]
-    return s.follow(node, s.writer.call(node, (given, first, None, spec), {}), replace(split, dim=0))
+    return s.follow(node, s.writer.call(node, (given, first, None, spec), {}), split)
 
 
 def attention(s: Spread, node: Node, q: Value, k: Value, v: Value, attn_mask: Any = None, dropout_p: float = 0.0,

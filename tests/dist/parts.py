@@ -53,6 +53,7 @@ def check_odd(mesh: DeviceMesh) -> None:
 
 def check_parts(model: nn.Module, mesh: DeviceMesh, tokens: tuple[Tensor, Tensor], folder: Path, fsdp: bool = False) -> None:
     """Two steps with clipped gradients from ranks that hold their parts; then a checkpoint, read by one process and by all."""
+    torch._dynamo.reset()
     own, held = copy.deepcopy(model), copy.deepcopy(model)
     assert keep_parts(own, mesh, *tokens)
     assert sum(p.numel() for p in own.parameters()) < 0.75 * sum(p.numel() for p in model.parameters())

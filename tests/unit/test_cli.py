@@ -76,6 +76,17 @@ def test_explain_lists_its_stages_and_refuses_others(capsys: pytest.CaptureFixtu
     assert "help: the stages are" in err
 
 
+def test_explain_counts_what_ranks_exchange(capsys: pytest.CaptureFixture[str]) -> None:
+    """K·V float32 numbers for each of 2 heads and 2 sequences, K = V = 64, from the one other rank, and as many backward."""
+    status, out, _ = run(capsys, *"explain bla --mesh sp=2 --pattern L --batch 2 --tokens 16".split())
+    assert status == 0
+    rows = [" ".join(line.split()) for line in out.splitlines()]
+    assert any(row.startswith("sp") and row.count("65,536") == 2 and "all-gather" in row for row in rows), out
+    status, _, err = run(capsys, *"explain bla --mesh cp=2".split())
+    assert status == 1
+    assert "'cp=2' is no axis with its size" in err
+
+
 def test_check_tests_a_method_in_the_users_own_file(
     capsys: pytest.CaptureFixture[str], own_file: Path
 ) -> None:

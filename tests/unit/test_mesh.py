@@ -23,10 +23,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import lsmc
 from lsmc import LSM
 from lsmc.cases import Case, sample
-from lsmc.errors import LsmError, LsmOptionError
+from lsmc.errors import LsmError
 from lsmc.lowering import split
 from lsmc.models import HybridMoE, config
 from lsmc.runtime.errors import LsmMeshError
+from lsmc.runtime.mesh import Axis
+from lsmc.runtime.traffic import traffic
 
 RANKS = 4
 
@@ -83,8 +85,9 @@ def small(pattern: str, **options: Any) -> HybridMoE:
     return HybridMoE(config("tiny", pattern=pattern, **size, **options))
 
 
-def test_graphs_are_the_same_on_every_rank_and_hide_messages(graphs: list[GraphModule]) -> None:
-    """Between a message and its answer an LSM layer runs its operator, an attention layer rotates its queries."""
+def test_graphs_are_the_same_on_every_rank_and_say_what_they_exchange(graphs: list[GraphModule]) -> None:
+    """Between a message and its answer an LSM layer runs its operator, an attention layer rotates its queries. A rank receives
+    K + K·V numbers per head from each other one, and as many backward; attention's keys and values grow with the tokens."""
     tokens = torch.zeros(2, 16, dtype=torch.int64)
     texts = set()
     for rank in (0, 2):
@@ -101,6 +104,11 @@ def test_graphs_are_the_same_on_every_rank_and_hide_messages(graphs: list[GraphM
     tails, summaries, keys = hidden
     assert "lsmc.fwd" in summaries
     assert "cos" in keys and "cat" in keys
+    seen = {m.of: m for m in traffic(graphs[-1], {"sp": Axis("sp", RANKS, gather.args[2])}) if m.forward == "all-gather"}
+    memories, attention = seen["memories of gla"], next(m for of, m in seen.items() if "attention" in of)
+    assert memories.forward_bytes == memories.backward_bytes == (RANKS - 1) * 2 * 2 * (8 + 8 * 8) * 4
+    assert attention.forward_bytes == (RANKS - 1) * 2 * 2 * 2 * (16 // RANKS) * 8 * 4
+    assert memories.behind > 0 < attention.behind
 
 
 def test_checkpointed_regions_are_rewritten_inside(sp: DeviceMesh, graphs: list[GraphModule]) -> None:

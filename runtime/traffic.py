@@ -1,0 +1,130 @@
+"""What the ranks of a mesh exchange in one step of a model, read off the graph: without any rank, data or weights.
+
+Bytes are those that a rank receives from others with the usual algorithms: W − 1 parts in a gather or a reduce-scatter, and
+twice (W − 1) / W of the tensor in an all-reduce. Backward ones follow from the adjoints in `lsmc.runtime.collectives`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from lsmc.errors import LsmError
+from lsmc.lowering.inductor import PASSES
+from lsmc.runtime.errors import LsmMeshError
+from lsmc.runtime.insert import example, passes, source
+from lsmc.runtime.mesh import AXES, Axis
+from lsmc.runtime.plans import PLANS
+
+
+@dataclass(frozen=True)
+class Message:
+    """One exchange over an axis: what is done forward and backward, for what, and how much a rank receives.
+
+    behind   how many operations of the graph stand between the forward message and its arrival
+    """
+
+    axis: str
+    forward: str
+    backward: str
+    of: str
+    forward_bytes: int
+    backward_bytes: int
+    behind: int
+
+
+def parse(text: str) -> dict[str, Axis]:
+    """Axes from ``"sp=2,dp=4"``, of a mesh that nobody has; raises LsmMeshError for others than those there are."""
+    found = {}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if name not in AXES or not size.isdigit() or int(size) < 1:
+            raise LsmMeshError(f"--mesh {text}: {part!r} is no axis with its size", help=f"axes are {', '.join(AXES)}: sp=2,dp=4")
+        found[name] = Axis(name, int(size), name)
+    for name in found:
+        if name not in {axis for _, axis, _ in PLANS}:
+            raise LsmMeshError(f"--mesh {text}: no plan serves axis {name!r} yet")
+    return {name: axis for name, axis in found.items() if axis.size > 1}
+
+
+class _Captured(Exception):
+    """The graph is there; it is not to run."""
+
+
+def capture(model: Callable[..., Any], axes: Mapping[str, Axis], *arguments: Tensor) -> GraphModule:
+    """The graph of `model(*arguments)` on a mesh of these axes; everything may be fake."""
+    graphs: list[GraphModule] = []
+    found: list[LsmError] = []
+
+    def stop(*_: Any) -> Any:
+        raise found[0] if found else _Captured
+
+    def keep(module: GraphModule, _: Any) -> Callable[..., Any]:
+        try:
+            for run in (PASSES["find"], *passes(axes, PLANS).values()):
+                run(module)
+        except LsmError as error:
+            found.append(error)
+        graphs.append(module)
+        return stop
+
+    torch._dynamo.reset()
+    try:
+        torch.compile(model, backend=keep, fullgraph=True, dynamic=False)(*arguments)
+    except _Captured:
+        pass
+    finally:
+        torch._dynamo.reset()
+    return graphs[0]
+
+
+def traffic(module: GraphModule, axes: Mapping[str, Axis]) -> list[Message]:
+    """All exchanges of a graph, and of the regions in it, in order."""
+    by_group = {axis.group: axis for axis in axes.values()}
+    found = []
+    for inner in module.modules():
+        if isinstance(inner, GraphModule):
+            order = {node: i for i, node in enumerate(inner.graph.nodes)}
+            found += [m for node in order if (m := _message(node, by_group, order)) is not None]
+    return found
+
+
+_KINDS = {
+    "all_gather_into_tensor": ("all-gather", "reduce-scatter"), "reduce_scatter_tensor": ("reduce-scatter", "all-gather"),
+    "shared": ("", "all-reduce"), "summed": ("all-reduce", ""), "part": ("", "all-gather"), "whole": ("all-gather", ""),
+}  # fmt: skip
+
+
+def _message(node: Node, axes: Mapping[str, Axis], order: Mapping[Node, int]) -> Message | None:
+    name = getattr(node.target, "_opname", "")
+    if name not in _KINDS or not isinstance(node.args[-1], str) or node.args[-1] not in axes:
+        return None
+    axis, (forward, backward) = axes[node.args[-1]], _KINDS[name]
+    sent = example(node.args[0])  # type: ignore[arg-type]
+    size = sent.numel() * sent.itemsize
+    factor = {"all-gather": axis.size - 1, "reduce-scatter": axis.size - 1, "all-reduce": 2 * (axis.size - 1) / axis.size, "": 0}
+    if name in ("reduce_scatter_tensor", "part"):
+        size //= axis.size
+    back = factor[backward] if sent.requires_grad and example(node).requires_grad else 0
+    wait = next((user for user in node.users if "wait_tensor" in str(user.target)), node)
+    behind = max(0, order[wait] - order[node] - 1)
+    if not factor[forward] and not back:
+        return None
+    return Message(axis.name, forward, backward if back else "", _of(node), int(size * factor[forward]), int(size * back), behind)
+
+
+def _of(node: Node) -> str:
+    """What it is for: the gradient of a parameter, the memories of an operator, or a line of the model."""
+    if node.target is torch.ops.lsmc.shared.default:
+        return "gradients of parameters"
+    if "lsm" in node.meta:
+        return f"memories of {node.meta['lsm'].name}"
+    return (source(node) or ["", "arguments"])[1]
+
+
+__all__ = ["Message", "capture", "parse", "traffic"]
