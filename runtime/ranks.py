@@ -80,16 +80,19 @@ class Ranks:
         if not self.sizes:
             return self
         import torch.distributed as dist
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.distributed_c10d import PrefixStore
+        from torch.distributed.rendezvous import rendezvous
 
         limit = timedelta(seconds=self.timeout + _SLACK)
-        store, rank, count = next(iter(dist.rendezvous("env://", timeout=limit)))
-        self.store = dist.PrefixStore(f"lsmc/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        store, rank, count = next(rendezvous("env://", timeout=limit))
+        self.store = PrefixStore(f"lsmc/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         # Watched from here on: processes that never come are missing too.
         self.watcher = threading.Thread(target=self._watch, daemon=True)
         self.watcher.start()
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=limit)
-        self.mesh = dist.init_device_mesh(self.device.type, tuple(self.sizes.values()), mesh_dim_names=tuple(self.sizes))
+        self.mesh = init_device_mesh(self.device.type, tuple(self.sizes.values()), mesh_dim_names=tuple(self.sizes))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

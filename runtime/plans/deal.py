@@ -36,6 +36,7 @@ from lsmc.runtime.plans.dims import (
     Link,
     Split,
     argument,
+    arguments,
     dim_of,
     links,
     over_dims,
@@ -108,7 +109,7 @@ class Deal:
         for node in self.module.graph.nodes:
             self.writer.origin = node
             if name_of(node) in ("_enter_autocast", "_exit_autocast", "_set_grad_enabled"):
-                args = map_arg(node.args, lambda n: self.made[n])
+                args = map_arg(arguments(node), lambda n: self.made[n])
                 self.made[node] = self.writer.call(node, args, {})  # for what follows, also here
                 if name_of(node) == "_enter_autocast":
                     regions.append(self.made[node].example)
@@ -175,7 +176,7 @@ class Deal:
         """The call as it is, of whole tensors."""
         copied = self.graph.node_copy(node, lambda n: self._node(self.take(n, WHOLE)))
         if hasattr(node, "_dynamo_source"):
-            copied._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
+            copied._dynamo_source = node._dynamo_source
         self.made[node] = self.writer.proxy(copied)
         return WHOLE
 
@@ -187,7 +188,7 @@ class Deal:
         def given(n: Node) -> Any:
             return self.take(n, want.get(n, INNER))
 
-        args = map_arg(node.args if args is None else args, given)
+        args = map_arg(arguments(node) if args is None else args, given)
         kwargs = map_arg(node.kwargs, given)
         try:
             self.made[node] = self.writer.create_proxy(node.op, target or node.target, tuple(args), kwargs)
@@ -242,7 +243,7 @@ class Deal:
 
     def _local(self, node: Node, split: Split) -> Any:
         """The arguments, with sizes of parts where they name sizes of the result."""
-        name, args = name_of(node), node.args
+        name, args = name_of(node), arguments(node)
 
         def part(size: Any, dim: int) -> Any:
             return split.local(size, self.axis.size) if dim == split.dim and isinstance(size, int) and size > 0 else size
@@ -252,8 +253,8 @@ class Deal:
                 return (args[0], [part(n, i) for i, n in enumerate(args[1])])
             return (args[0], *(part(n, i) for i, n in enumerate(args[1:])))
         if name == "unflatten":
-            dim = int(args[1]) % len(shape_of(args[0]))  # type: ignore[arg-type]
-            return (args[0], args[1], [part(n, dim + i) for i, n in enumerate(args[2])])  # type: ignore[arg-type]
+            dim = int(args[1]) % len(shape_of(args[0]))
+            return (args[0], args[1], [part(n, dim + i) for i, n in enumerate(args[2])])
         return args
 
     # -- calls that sums, several results or parameters make special
@@ -267,8 +268,7 @@ class Deal:
         return split if split is not None and split.dim == dim % len(shape_of(node)) else None
 
     def _linear(self, node: Node) -> State | None:
-        x, w, bias = node.args[0], argument(node, 1, "weight"), argument(node, 2, "bias")
-        assert isinstance(x, Node)
+        x, w, bias = arguments(node)[0], argument(node, 1, "weight"), argument(node, 2, "bias")
         split = self._split_of(x, -1)
         if split is None:
             return None
@@ -281,31 +281,30 @@ class Deal:
         return WHOLE
 
     def _matmul(self, node: Node) -> State | None:
-        a, b = node.args[0], node.args[1]
+        a, b = arguments(node)[0], arguments(node)[1]
         split = self._split_of(a, -1)
-        if split is None or len(shape_of(b)) < 2:  # type: ignore[arg-type]
+        if split is None or len(shape_of(b)) < 2:
             return None
-        self._call(node, {a: split, b: Split(len(shape_of(b)) - 2, split.spans)})  # type: ignore[arg-type,dict-item]
+        self._call(node, {a: split, b: Split(len(shape_of(b)) - 2, split.spans)})
         return PARTIAL
 
     _bmm = _mm = _matmul
 
     def _sum(self, node: Node) -> State | None:
-        x = node.args[0]
-        split = self.layouts.get(x)  # type: ignore[arg-type]
+        x = arguments(node)[0]
+        split = self.layouts.get(x)
         if split is None or split.dim not in over_dims(node):
             return None
-        if split.local(shape_of(x)[split.dim], self.axis.size) * self.axis.size != shape_of(x)[split.dim]:  # type: ignore[arg-type]
+        if split.local(shape_of(x)[split.dim], self.axis.size) * self.axis.size != shape_of(x)[split.dim]:
             return None
-        self._call(node, {x: split})  # type: ignore[dict-item]
+        self._call(node, {x: split})
         return PARTIAL
 
     def _split(self, node: Node) -> State | None:
-        x = node.args[0]
-        split = self.layouts.get(x)  # type: ignore[arg-type]
+        x = arguments(node)[0]
+        split = self.layouts.get(x)
         if split is None:
             return None
-        assert isinstance(x, Node)
         sizes, dim = sizes_of(node), dim_of(node)
         if split.dim == dim:
             start, local = 0, []
@@ -322,40 +321,40 @@ class Deal:
     _chunk = _split
 
     def _unbind(self, node: Node) -> State | None:
-        split = self.layouts.get(node.args[0])  # type: ignore[arg-type]
+        split = self.layouts.get(arguments(node)[0])
         if split is None or split.dim == dim_of(node):
             return None
-        self._call(node, {node.args[0]: split})  # type: ignore[dict-item]
+        self._call(node, {arguments(node)[0]: split})
         return split
 
     def _getitem(self, node: Node) -> State | None:
-        source = node.args[0]
-        if isinstance(example(source), Tensor) or self.state[source] == WHOLE:  # type: ignore[index]
+        source = arguments(node)[0]
+        if isinstance(example(source), Tensor) or self.state[source] == WHOLE:
             return None
-        self.made[node] = self.writer.create_proxy(node.op, node.target, (self.made[source], node.args[1]), {})  # type: ignore[index]
-        if self.state[source] == PARTIAL:  # type: ignore[index]
+        self.made[node] = self.writer.create_proxy(node.op, node.target, (self.made[source], arguments(node)[1]), {})
+        if self.state[source] == PARTIAL:
             return PARTIAL
         return self.layouts.get(node, INNER)
 
     def _lsmc_fwd(self, node: Node) -> State | None:
-        given = [*node.args[0], *node.args[1]]  # type: ignore[misc]
+        given = [*arguments(node)[0], *arguments(node)[1]]
         if not any(n in self.layouts for n in given):
             return None
         self._call(node, {n: self.layouts.get(n, INNER) for n in given})
         return INNER
 
     def _scaled_dot_product_attention(self, node: Node) -> State | None:
-        q, k, v = node.args[:3]
+        q, k, v = arguments(node)[:3]
         if node not in self.layouts:
             return None
-        self._call(node, {n: self.layouts[n] for n in (q, k, v)})  # type: ignore[index,misc]
+        self._call(node, {n: self.layouts[n] for n in (q, k, v)})
         return self.layouts[node]
 
     def _lsmc_moe_experts(self, node: Node) -> State | None:
-        w_in, w_out = node.args[3], node.args[4]
+        w_in, w_out = arguments(node)[3], arguments(node)[4]
         if w_in not in self.layouts:
             return None
-        self._call(node, {w_in: self.layouts[w_in], w_out: self.layouts[w_out]})  # type: ignore[index,dict-item]
+        self._call(node, {w_in: self.layouts[w_in], w_out: self.layouts[w_out]})
         return PARTIAL
 
 
@@ -381,7 +380,7 @@ def dealt_inputs(module: GraphModule, axis: Axis, plan: Plan) -> dict[int, Split
             bodies = [n for n in user.all_input_nodes if n.op == "get_attr"]
             body = getattr(inner, str(bodies[0].target)) if bodies else None
             if isinstance(body, GraphModule):
-                given = [n for n in user.args if n is not bodies[0]]
+                given = [n for n in arguments(user) if n is not bodies[0]]
                 for place, inside in zip(given, (n for n in before[body] if n.op == "placeholder")):
                     if place is node:
                         yield from uses(body, inside)

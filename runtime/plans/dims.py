@@ -73,26 +73,32 @@ def shape_of(node: Node) -> tuple[Any, ...]:
     return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
+def arguments(node: Node) -> Any:
+    """What stands in the brackets of a call, for which there are as many types as functions."""
+    return node.args
+
+
 def argument(node: Node, place: int, name: str, default: Any = None) -> Any:
-    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
+    """One argument, given by place or by name."""
+    return arguments(node)[place] if len(arguments(node)) > place else node.kwargs.get(name, default)
 
 
 def sizes_of(node: Node) -> list[int]:
     """How long the pieces of a `split` or `chunk` are."""
-    source = node.args[0]
-    assert isinstance(source, Node)
-    total, by = shape_of(source)[dim_of(node)], node.args[1] if len(node.args) > 1 else next(iter(node.kwargs.values()))
+    source = arguments(node)[0]
+    total = shape_of(source)[dim_of(node)]
+    by: Any = argument(node, 1, "chunks", node.kwargs.get("split_size_or_sections", node.kwargs.get("split_size")))
     if isinstance(by, int):
         each = by if name_of(node) == "split" else -(-total // by)
         return [min(each, total - start) for start in range(0, total, each)]
-    return [int(n) for n in by]  # type: ignore[union-attr]
+    return [int(n) for n in by]
 
 
 def dim_of(node: Node) -> int:
     """The dimension that a `split`, `chunk`, `unbind`, `cat` or `stack` works along, from the front."""
     place = {"split": 2, "chunk": 2}.get(name_of(node), 1)
-    first = node.args[0]
-    rank = len(shape_of(first if isinstance(first, Node) else first[0]))  # type: ignore[index,arg-type]
+    first = arguments(node)[0]
+    rank = len(shape_of(first if isinstance(first, Node) else first[0]))
     return int(argument(node, place, "dim", 0)) % (rank + (name_of(node) == "stack"))
 
 
@@ -212,8 +218,7 @@ def _view(node: Node) -> list[Link]:
 
 
 def _first(node: Node) -> Node:
-    first = node.args[0] if node.args else node.kwargs["input"]
-    assert isinstance(first, Node)
+    first: Any = arguments(node)[0] if arguments(node) else node.kwargs["input"]
     return first
 
 
@@ -225,17 +230,16 @@ def _sizes(args: Sequence[Any]) -> list[Any]:
 def _permute(node: Node) -> list[Link]:
     rank = len(shape_of(node))
     if name_of(node) == "permute":
-        order = [d % rank for d in _sizes(node.args[1:] or (node.kwargs["dims"],))]
+        order = [d % rank for d in _sizes(arguments(node)[1:] or (node.kwargs["dims"],))]
     else:
         order = list(range(rank))
-        i, j = (int(d) % rank for d in (node.args[1:3] if name_of(node) == "transpose" else (0, 1)))
+        i, j = (int(d) % rank for d in (arguments(node)[1:3] if name_of(node) == "transpose" else (0, 1)))
         order[i], order[j] = order[j], order[i]
     return [_renamed(_first(node), node, {old: new for new, old in enumerate(order)})]
 
 
 def _getitem(node: Node) -> list[Link]:
-    source, index = node.args
-    assert isinstance(source, Node)
+    source, index = arguments(node)
     if not isinstance(example(source), Tensor):
         return _piece(node, source, index)
     given = list(index) if isinstance(index, tuple) else [index]
@@ -267,10 +271,10 @@ def _piece(node: Node, several: Node, index: Any) -> list[Link]:
 
 def _cat(node: Node) -> list[Link]:
     dim, start, found = dim_of(node), 0, []
-    for x in node.args[0]:  # type: ignore[union-attr]
+    for x in arguments(node)[0]:
         size = shape_of(x)[dim]
         if not isinstance(size, int):
-            return [_renamed(y, node, {d: d for d in range(len(shape_of(y))) if d != dim}) for y in node.args[0]]  # type: ignore[union-attr]
+            return [_renamed(y, node, {d: d for d in range(len(shape_of(y))) if d != dim}) for y in arguments(node)[0]]
         found.append(_flipped(_cut(node, x, dim, start, size)))
         start += size
     return found
@@ -278,7 +282,7 @@ def _cat(node: Node) -> list[Link]:
 
 def _stack(node: Node) -> list[Link]:
     dim = dim_of(node)
-    return [_renamed(x, node, {d: d + (d >= dim) for d in range(len(shape_of(x)))}) for x in node.args[0]]  # type: ignore[union-attr]
+    return [_renamed(x, node, {d: d + (d >= dim) for d in range(len(shape_of(x)))}) for x in arguments(node)[0]]
 
 
 def _pad(node: Node) -> list[Link]:
@@ -362,5 +366,5 @@ def links(node: Node) -> list[Link]:
     return rule(node)
 
 
-__all__ = ["LINEAR", "REPEATS", "Link", "Span", "Split", "argument", "dim_of", "links", "over_dims", "shape_of",
+__all__ = ["LINEAR", "REPEATS", "Link", "Span", "Split", "argument", "arguments", "dim_of", "links", "over_dims", "shape_of",
            "sizes_of"]  # fmt: skip

@@ -8,7 +8,7 @@ part. In a compiled graph nothing is joined, since what the plan deals out of a 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -78,9 +78,10 @@ def keep_parts(model: nn.Module, mesh: Any, *inputs: Any) -> list[str]:
 def parts_of(model: nn.Module) -> dict[str, Part]:
     """The parameters of which this rank holds its part, by their plain names."""
     return {
-        plain(f"{name}.{leaf}".lstrip(".")): held[0]
+        plain(f"{name}.{leaf}".lstrip(".")): part
         for name, module in model.named_modules() if parametrize.is_parametrized(module)
-        for leaf, held in module.parametrizations.items() if isinstance(held[0], Part)  # type: ignore[union-attr,operator]
+        for leaf, held in cast(nn.ModuleDict, module.parametrizations).items()
+        for part in held.children() if isinstance(part, Part)
     }  # fmt: skip
 
 
@@ -110,15 +111,15 @@ def clip_gradients(model: nn.Module, mesh: Any, limit: float) -> Tensor:
         if p.grad is None:
             continue
         part = parts.get(plain(name))
-        g, over = p.grad, list[str]()
+        g, split_over = p.grad, list[str]()
         local = g.to_local() if isinstance(g, DTensor) else g
         squares = local.to(torch.promote_types(local.dtype, torch.float32)).square()
         if part is not None:
             squares = _once(squares, g, part)
-            over.append(part.axis.name)
+            split_over.append(part.axis.name)
         if isinstance(g, DTensor):
-            over += [name for name, at in zip(g.device_mesh.mesh_dim_names or (), g.placements) if at.is_shard()]
-        key = tuple(over)
+            split_over += [name for name, at in zip(g.device_mesh.mesh_dim_names or (), g.placements) if at.is_shard()]
+        key = tuple(split_over)
         sums[key] = sums.get(key, 0.0) + squares.sum()
         locals_.append(local)
     total: Any = 0.0

@@ -21,7 +21,7 @@ from lsmc.runtime.errors import LsmMeshError
 from lsmc.runtime.insert import example
 from lsmc.runtime.mesh import Axis
 from lsmc.runtime.plans.deal import Growth, Layouts, deal
-from lsmc.runtime.plans.dims import Split, shape_of
+from lsmc.runtime.plans.dims import Split, arguments, shape_of
 from lsmc.runtime.spread import name_of
 
 
@@ -37,21 +37,21 @@ def seeds(module: GraphModule, axis: Axis) -> Iterator[tuple[Node, Split]]:
     for node in module.graph.nodes:
         name = name_of(node)
         if name == "lsmc.fwd":
-            plan = ops.plan_of(str(node.args[3]))
+            plan = ops.plan_of(str(arguments(node)[3]))
             fields, what = {f.name: f for f in plan.canonical.inputs}, f"the number of heads of {plan.name}"
-            for given, source in zip(plan.inputs, node.args[0]):
+            for given, source in zip(plan.inputs, arguments(node)[0]):
                 dims = parts(fields[given], step=False)
                 yield _of(source, dims.index("H" if "H" in dims else "HV"), axis, f"{what} (input {given!r})")
-            for memory in node.args[1]:
+            for memory in arguments(node)[1]:
                 yield _of(memory, 1, axis, what)
             for user in node.users:
-                yield _of(user, 2 if user.args[1] == 0 else 1, axis, what)
+                yield _of(user, 2 if arguments(user)[1] == 0 else 1, axis, what)
         elif name == "scaled_dot_product_attention":
-            for x in (*node.args[:3], node):
+            for x in (*arguments(node)[:3], node):
                 yield _of(x, len(shape_of(x)) - 3, axis, "the number of attention heads")
         elif name == "lsmc.moe_experts":
-            yield _of(node.args[3], 1, axis, "the width of the experts", blocks=2)
-            yield _of(node.args[4], 2, axis, "the width of the experts")
+            yield _of(arguments(node)[3], 1, axis, "the width of the experts", blocks=2)
+            yield _of(arguments(node)[4], 2, axis, "the width of the experts")
 
 
 def layouts(module: GraphModule, axis: Axis) -> Layouts:
@@ -64,8 +64,8 @@ def layouts(module: GraphModule, axis: Axis) -> Layouts:
         start[node] = merged
     found = growth.of(start)
     for node in module.graph.nodes:
-        if name_of(node) == "linear" and node.args[0] not in found:
-            inner, width = node.args[0], shape_of(node.args[0])[-1]
+        if name_of(node) == "linear" and arguments(node)[0] not in found:
+            inner, width = arguments(node)[0], shape_of(arguments(node)[0])[-1]
             between = growth.of({inner: Split(len(shape_of(inner)) - 1, frozenset({(0, width)}))})
             if width % axis.size == 0 and not between.keys() & found.keys() and _closed(between, node):
                 found |= between
@@ -81,7 +81,7 @@ def _closed(between: Layouts, last: Node) -> bool:
             if not isinstance(example(node), Parameter):
                 return False
             continue
-        first = name_of(node) == "linear" and node.args[1] in between
+        first = name_of(node) == "linear" and arguments(node)[1] in between
         if not first and any(isinstance(example(n), Tensor) and n not in between for n in node.all_input_nodes):
             return False
         for user in node.users:
