@@ -38,6 +38,19 @@ class Axis:
         return size // self.size
 
 
+def sizes(text: str, setting: str) -> dict[str, int]:
+    """`"dp=2,sp=4"` → the sizes of the axes, in their order; raises LsmMeshError, which names the setting, for what is none."""
+    found: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = (x.strip() for x in part.partition("="))
+        if name not in AXES or name in found or not size.isdecimal() or int(size) < 1:
+            known = ", ".join(f"{axis} ({what})" for axis, what in AXES.items())
+            raise LsmMeshError(f"{setting} = {text!r}: {part!r} is no axis with its size",
+                               help=f"axes are {known}, written as dp=2,sp=4")
+        found[name] = int(size)
+    return found
+
+
 def axes(mesh: Any) -> dict[str, Axis]:
     """The axes of a DeviceMesh with more than one rank, in its order.
 
@@ -59,4 +72,4 @@ def axes(mesh: Any) -> dict[str, Axis]:
     return {name: Axis(name, n, mesh.get_group(name).group_name) for name, n in sizes.items() if n > 1}
 
 
-__all__ = ["AXES", "Axis", "axes"]
+__all__ = ["AXES", "Axis", "axes", "sizes"]

@@ -24,25 +24,13 @@ import torch
 
 from lsmc.errors import LsmError
 from lsmc.runtime.errors import LsmConfigError, LsmTrainingError
-from lsmc.runtime.mesh import AXES
+from lsmc.runtime.mesh import sizes
 
 Sign = tuple[int, int, str]
 """Signs of life so far, places so far, and what the last place is."""
 
 _SLACK = 60.0
 """Seconds after `timeout` at which torch's own timeouts end what this module has not ended."""
-
-
-def parse(text: str) -> dict[str, int]:
-    """`"dp=2,sp=2"` → the sizes of the axes, in their order."""
-    sizes: dict[str, int] = {}
-    for part in text.split(","):
-        name, _, size = (x.strip() for x in part.partition("="))
-        if name not in AXES or name in sizes or not size.isdecimal() or int(size) < 1:
-            known = ", ".join(f"{axis} ({what})" for axis, what in AXES.items())
-            raise LsmConfigError(f"TrainConfig.mesh = {text!r}: {part.strip()!r} is not AXIS=SIZE\nhelp: axes are {known}")
-        sizes[name] = int(size)
-    return sizes
 
 
 class Ranks:
@@ -53,7 +41,7 @@ class Ranks:
     """
 
     def __init__(self, mesh: str, device: torch.device, timeout: float) -> None:
-        self.sizes, self.timeout, self.device = parse(mesh) if mesh else {}, timeout, device
+        self.sizes, self.timeout, self.device = sizes(mesh, "TrainConfig.mesh") if mesh else {}, timeout, device
         self.count = math.prod(self.sizes.values())
         self.rank, self._pause = 0, min(1.0, timeout / 10)
         self.stop, self.place = threading.Event(), (0, "the start")
@@ -180,4 +168,4 @@ class Ranks:
         os._exit(1)  # the main thread stands in a collective, where no exception reaches it
 
 
-__all__ = ["Ranks", "parse"]
+__all__ = ["Ranks"]

@@ -16,9 +16,8 @@ from torch.fx import GraphModule, Node
 
 from lsmc.errors import LsmError
 from lsmc.lowering.inductor import PASSES
-from lsmc.runtime.errors import LsmMeshError
 from lsmc.runtime.insert import example, passes, source
-from lsmc.runtime.mesh import AXES, Axis
+from lsmc.runtime.mesh import Axis, sizes
 from lsmc.runtime.plans import PLANS
 
 
@@ -40,15 +39,7 @@ class Message:
 
 def parse(text: str) -> dict[str, Axis]:
     """Axes from ``"sp=2,dp=4"``, of a mesh that nobody has; raises LsmMeshError for others than those there are."""
-    found = {}
-    for part in text.split(","):
-        name, _, size = part.partition("=")
-        if name not in AXES or not size.isdigit() or int(size) < 1:
-            raise LsmMeshError(f"--mesh {text}: {part!r} is no axis with its size", help=f"axes are {', '.join(AXES)}: sp=2,dp=4")
-        found[name] = Axis(name, int(size), name)
-    for name in found:
-        if name not in {axis for _, axis, _ in PLANS}:
-            raise LsmMeshError(f"--mesh {text}: no plan serves axis {name!r} yet")
+    found = {name: Axis(name, size, name) for name, size in sizes(text, "--mesh").items()}
     return {name: axis for name, axis in found.items() if axis.size > 1}
 
 
@@ -97,6 +88,7 @@ def traffic(module: GraphModule, axes: Mapping[str, Axis]) -> list[Message]:
 _KINDS = {
     "all_gather_into_tensor": ("all-gather", "reduce-scatter"), "reduce_scatter_tensor": ("reduce-scatter", "all-gather"),
     "shared": ("", "all-reduce"), "summed": ("all-reduce", ""), "part": ("", "all-gather"), "whole": ("all-gather", ""),
+    "dealt": ("", "all-gather"), "joined": ("all-gather", ""), "kept": ("", "all-reduce"),
 }  # fmt: skip
 
 
@@ -120,7 +112,10 @@ def _message(node: Node, axes: Mapping[str, Axis], order: Mapping[Node, int]) ->
 
 def _of(node: Node) -> str:
     """What it is for: the gradient of a parameter, the memories of an operator, or a line of the model."""
-    if node.target is torch.ops.lsmc.shared.default:
+    first = node
+    while getattr(first.target, "namespace", "") == "lsmc" and isinstance(first.args[0], Node):
+        first = first.args[0]
+    if isinstance(example(first), torch.nn.Parameter):
         return "gradients of parameters"
     if "lsm" in node.meta:
         return f"memories of {node.meta['lsm'].name}"

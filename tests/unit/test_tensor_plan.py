@@ -22,9 +22,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import lsmc
 from lsmc.models import HybridMoE, config
 from lsmc.runtime.errors import LsmConfigError, LsmMeshError
+from lsmc.runtime.mesh import sizes
 from lsmc.runtime.plans.dims import _fused, _unfused
 from lsmc.runtime.plans.parts import layouts
-from lsmc.runtime.ranks import Ranks, parse
+from lsmc.runtime.ranks import Ranks
 from lsmc.runtime.train import TrainConfig
 
 TOKENS = torch.zeros(2, 16, dtype=torch.int64)
@@ -120,10 +121,10 @@ def test_spans_of_a_factor_are_spans_of_the_product(data: st.DataObject) -> None
 
 
 def test_meshes_are_read_from_text() -> None:
-    assert parse("dp=2,tp=4") == {"dp": 2, "tp": 4}
+    assert sizes("dp=2,tp=4", "mesh") == {"dp": 2, "tp": 4}
     for text in ("dp", "xp=2", "dp=0", "dp=2,dp=2", "dp=two"):
-        with pytest.raises(LsmConfigError, match="is not AXIS=SIZE"):
-            parse(text)
+        with pytest.raises(LsmMeshError, match=f"mesh = '{text}': .* is no axis with its size"):
+            sizes(text, "mesh")
     with pytest.raises(LsmConfigError, match="TrainConfig.fsdp = True: needs a mesh with an axis dp"):
         TrainConfig(mesh="sp=2", fsdp=True)
 
