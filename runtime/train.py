@@ -421,7 +421,7 @@ class Trainer:
                 with threads.timed():
                     losses, norm = self.train_step()
                 elapsed = before + time.perf_counter() - started - paused
-                stop, self.elapsed = self.ranks.largest(float(asked.is_set()), elapsed)
+                (self.elapsed,) = self.ranks.largest(elapsed)
                 if self.step % config.log_every == 0 or self._finished():
                     nll = losses.nll.item()
                     if not math.isfinite(nll):
@@ -456,6 +456,7 @@ class Trainer:
                     saved = self.save()
                 paused += time.perf_counter() - pause
                 last_time += time.perf_counter() - pause
+                (stop,) = self.ranks.largest(float(asked.is_set()))
             interrupted = bool(stop) and not self._finished()
             if saved is None or saved.name != checkpoint.name(self.step):
                 saved = self.save()
