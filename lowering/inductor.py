@@ -79,7 +79,8 @@ def compile_graph(module: GraphModule, example_inputs: Sequence[Any], disable: S
             return _raising(error)
         for change in changes or ["nothing to change"]:
             log.info("%s: %s", name, change)
-    return compile_fx(module, list(example_inputs), **({"config_patches": OVERLAP} if inserted else {}))
+    options: dict[str, Any] = {"config_patches": OVERLAP} if inserted else {}
+    return compile_fx(module, list(example_inputs), **options)
 
 
 def _raising(error: LsmError) -> Callable[..., Any]:
