@@ -54,6 +54,12 @@ def drop_unused_states(module: GraphModule) -> list[str]:
     return dropped
 
 
+OVERLAP: dict[str, Any] = {
+    "reorder_for_compute_comm_overlap": True,
+    "reorder_for_compute_comm_overlap_passes": ["raise_comms", "sink_waits_iterative"],
+}
+"""How Inductor orders a graph with collectives: they start as soon as they can, and are waited for as late as possible."""
+
 PASSES: dict[str, Pass] = {"find": find, "absorb": absorb, "drop_unused_states": drop_unused_states}
 
 
@@ -73,7 +79,8 @@ def compile_graph(module: GraphModule, example_inputs: Sequence[Any], disable: S
             return _raising(error)
         for change in changes or ["nothing to change"]:
             log.info("%s: %s", name, change)
-    return compile_fx(module, list(example_inputs))
+    options: dict[str, Any] = {"config_patches": OVERLAP} if inserted else {}
+    return compile_fx(module, list(example_inputs), **options)
 
 
 def _raising(error: LsmError) -> Callable[..., Any]:

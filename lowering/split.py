@@ -201,7 +201,7 @@ def _columns(inputs: Sequence[Tensor], spec: str) -> list[Tensor]:
     one = torch.eye(many * K, dtype=ops.state_dtype(size.like.dtype), device=size.like.device)
     start = [torch.nn.functional.pad(rows, (V, 0)).expand(size.batch, size.heads, K, V + many * K)
              for rows in one.split(K)]
-    o, *ends = torch.ops.lsmc.fwd.default(wider, [s.contiguous() for s in start], None, spec)
+    o, *ends = torch.ops.lsmc.fwd.default(wider, [s.contiguous() for s in start], None, spec)[: 1 + many]
     made = torch.cat([e[..., V:] for e in ends], 2).flatten(2), torch.cat([e[..., :V] for e in ends], 2).flatten(2)
     return [o[..., :V].contiguous(), o[..., V:].contiguous(), torch.cat(made, 2)]
 

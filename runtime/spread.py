@@ -118,7 +118,7 @@ class Spread:
                     values = _mapped(self._whole, values)
                 result = _mapped(lambda v: v.example, values), _mapped(self.of, values)
                 new.output(_mapped(lambda v: v.node, values)).meta.update(node.meta)
-            elif node.op != "placeholder":
+            elif node.op != "placeholder" and (node.users or name_of(node) != "getitem"):
                 self.env[node] = self._call(node)
         for node in reversed(new.nodes):  # whole values that were needed in parts only
             if not node.users and node.op.startswith("call") and (name_of(node) in POINTWISE or name_of(node) in _LAYOUTS):
@@ -572,7 +572,7 @@ def experts(s: Spread, node: Node, x: Value, weights: Value, index: Value, w_in:
     return s.mark(value, (whole, rows, rows, None))
 
 
-def batched(s: Spread, node: Node, inputs: Sequence[Value], start: Sequence[Value], cu_seqlens: Any, spec: str) -> Value:
+def batched(s: Spread, node: Node, inputs: Sequence[Value], start: Sequence[Value], cu_seqlens: Any, spec: str) -> Any:
     """An LSM operator whose sequences are dealt out."""
     if cu_seqlens is not None:
         raise s.refused(node, "has packed sequences (cu_seqlens), which are one batch")
@@ -583,7 +583,8 @@ def batched(s: Spread, node: Node, inputs: Sequence[Value], start: Sequence[Valu
     given = [v if s.of(v) is not None else s.taken(v, 0) if name in tokens else s.used(v)
              for name, v in zip(ops.plan_of(spec).inputs, inputs, strict=True)]
     first = [v if s.of(v) is not None else s.taken(v, 0) for v in start]
-    return s.follow(node, s.writer.call(node, (given, first, None, spec), {}), split)
+    made = s.writer.call(node, (given, first, None, spec), {})
+    return tuple(s.mark(made[i], split) for i in range(1 + len(ops.plan_of(spec).carries)))
 
 
 def attention(s: Spread, node: Node, q: Value, k: Value, v: Value, attn_mask: Any = None, dropout_p: float = 0.0,

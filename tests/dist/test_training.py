@@ -38,7 +38,8 @@ def reach(self, step):
         os.kill(os.getpid(), getattr(signal, meets))
     return plain(self, step)
 
-with mock.patch("torch._inductor.compile_fx.compile_fx", lambda module, _: module.forward), mock.patch.object(Batches, "at", reach):
+as_it_is = mock.patch("torch._inductor.compile_fx.compile_fx", lambda module, *_, **__: module.forward)
+with as_it_is, mock.patch.object(Batches, "at", reach):
     training.train(training.TrainConfig(
         data=DataConfig(source="text.txt", held_out=0.1), out=Path(out), batch=4, length=16, accumulate=2, steps=7, warmup=2,
         eval_every=3, eval_tokens=200, checkpoint_every=3, log_every=1, device="cpu", mesh=mesh, timeout=float(timeout),

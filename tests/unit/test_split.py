@@ -89,11 +89,13 @@ def test_ranks_that_exchange_summaries_compute_what_one_computes(op: LSM) -> Non
 @given(drawn=declarations(), ranks=st.sampled_from([1, 2, 4]), gates=st.sampled_from(list(GATES)), seed=st.integers(0, 99))
 def test_summaries_of_any_declaration_make_the_whole(drawn: Drawn, ranks: int, gates: str, seed: int) -> None:
     """Or the method is refused by its name."""
-    op = drawn.declaration()
+    op, refused = drawn.declaration(), None
     try:
         split.way(spec_of(op, CASE))
     except errors.LsmNoChunkFormError as error:
-        assert op.name in str(error)
+        refused = str(error)
+    if refused is not None:
+        assert op.name in refused
         return
     check(op, dataclasses.replace(CASE, gates=gates, seed=seed), ranks)
 

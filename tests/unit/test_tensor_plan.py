@@ -36,7 +36,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[GraphModule]]:
     """What `lsmc.compile` hands to Inductor, which is left out: graphs run as they are."""
     seen: list[GraphModule] = []
 
-    def keep(module: GraphModule, _: Any) -> Callable[..., Any]:
+    def keep(module: GraphModule, *_: Any, **__: Any) -> Callable[..., Any]:
         seen.append(module)
         return module.forward
 
