@@ -141,8 +141,9 @@ class Program:
     def rebuilt(self, ops: Iterable[Op], new: Mapping[int, int]) -> Program:
         """The program of other operations, in which the value i is new[i]; values without a place lose their terms."""
         carries = tuple(Carry(c.name, new[c.inp], new[c.out], c.reverse) for c in self.carries)
-        ends = (tuple((n, new[i]) for n, i in named) for named in (self.outputs, self.kept, self.taken))
-        return Program(self.name, tuple(ops), carries, *ends, tuple((n, new[i]) for n, i in self.terms if i in new))
+        outputs, kept, taken = (tuple((n, new[i]) for n, i in named) for named in (self.outputs, self.kept, self.taken))
+        terms = tuple((n, new[i]) for n, i in self.terms if i in new)
+        return Program(self.name, tuple(ops), carries, outputs, kept, taken, terms)
 
     def inputs(self, *roles: str) -> Iterator[Op]:
         """The input operations, of the given roles (all without any)."""

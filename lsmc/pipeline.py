@@ -98,7 +98,7 @@ def texts(plan: Plan) -> dict[str, str]:
     text: dict[str, Callable[[], object]] = {
         "canonical": lambda: plan.canonical,
         "chunk": lambda: plan.forward.program,
-        "backward": lambda: hoist(differentiate(derive(canonical, options.scale))),
+        "backward": lambda: hoist(differentiate(derive(plan.canonical, plan.scale))),
         "schedule": lambda: _measured(plan.training),
         "backward_schedule": lambda: _measured(plan.backward),
         "source": lambda: plan.training.executable.source,

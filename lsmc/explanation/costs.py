@@ -92,8 +92,8 @@ class Token:
     predicted: float
 
 
-def per_token(direction: Direction, chosen: Candidate, shape: Shape, target: Target = H200) -> Token:
-    program = direction.program
+def per_token(program: Program, chosen: Candidate, shape: Shape, target: Target = H200) -> Token:
+    """The work of a program that nothing is kept for, beside that of a schedule, which may have been handed some of it."""
     whole = Kernel("whole", tuple(c.name for c in program.carries), (), tuple(n for n, _ in program.outputs))
     c = cost(program, whole, shape)
     moving, doing = c.bytes / target.bytes_per_s, c.flops / target.flops_per_s
@@ -127,6 +127,7 @@ class Compiling:
 
     program: Program
     schedule: Schedule
+    flagged: bool
     place: int
     shape: Shape
 
@@ -166,7 +167,7 @@ def compile_one(job: Compiling) -> Any:
     from lsmc.lowering.offline import resource
 
     s = job.shape
-    made = Compiled(job.program, job.schedule)
+    made = Compiled(job.program, job.schedule, job.flagged)
     k = made.kernels[job.place]
     return resource(made, k, s.key, s.value, s.chunk, DTYPES[s.element_bytes], plan_of(k, s.key, s.value, s.sequences, s.chunk))
 

@@ -19,6 +19,8 @@ from lsmc.ir import Program
 from lsmc.lowering.backends.aten_rewrites import rewrite
 from lsmc.lowering.backends.triton_mild import mild
 from lsmc.lowering.backends.triton_sums import gather
+from lsmc.lowering.plan import Plan, sharings
+from lsmc.schedules import CUTS
 
 VALUE = re.compile(r"\b[vfghswa](\d+)(?:_\d+)*\b")
 """A value of a generated program, in one of its forms."""
@@ -46,8 +48,8 @@ def name(term: str) -> str:
 class Trail:
     """The programs of a method, and where the values of each are in the others."""
 
-    def __init__(self, canonical: Canonical, scale: float) -> None:
-        chunk = derive(canonical, scale)
+    def __init__(self, plan: Plan) -> None:
+        chunk = derive(plan.canonical, plan.scale)
         self.derived = chunk
         tracked = replace(chunk, terms=(*chunk.terms, *((f"={op.id}", op.id) for op in chunk.ops)))
         self.adjoint = differentiate(chunk)
@@ -58,6 +60,11 @@ class Trail:
         for t, i in self.backward.terms:
             if t in origin:
                 self.first.setdefault(i, set()).add(f"f{origin[t]}")
+        first, second = _numbered(self.forward), _numbered(self.backward)
+        pairs = [(first, second), *sharings(plan.training.target, first, second, [cut(second) for cut in CUTS.values()])]
+        chosen = next(pair for pair in pairs if pair == (plan.training.program, plan.backward.program))
+        self.scheduled = dict(zip("fb", chosen))
+        """The programs that were cut into kernels, their terms the numbers of the values here."""
 
     def program(self, way: str) -> Program:
         return self.forward if way == "f" else self.backward
@@ -106,14 +113,16 @@ class Trail:
 
     def gathered(self, way: str) -> dict[int, int]:
         """Where the values of a program are in the one from which Triton's kernels are cut."""
-        program = self.program(way)
-        tracked = replace(program, terms=tuple((str(op.id), op.id) for op in program.ops))
-        return {int(t): i for t, i in gather(tracked).terms}
+        return {int(t): i for t, i in gather(self.scheduled[way]).terms}
+
+    def kept(self) -> list[tuple[str, Marks]]:
+        """The lines of the values that the forward keeps for the backward, there."""
+        taken, marks = {i for _, i in self.scheduled["b"].taken}, self.values("b")
+        return [(str(self.backward.index[int(t)]), marks[int(t)]) for t, i in self.scheduled["b"].terms if i in taken]
 
     def source(self, way: str, text: str, target: str) -> list[tuple[str, Marks]]:
         """The lines of generated code with what they work out and use."""
-        program = self.program(way)
-        tracked = replace(program, terms=tuple((str(op.id), op.id) for op in program.ops))
+        tracked = self.scheduled[way]
         if target == "aten":
             whole = self._numbers(way, rewrite(tracked))
             return [(line, _line(line, whole, whole)) for line in text.splitlines()]
@@ -136,6 +145,11 @@ class Trail:
         for t, i in program.terms:
             out.setdefault(i, set()).update(marks[int(t)].states)
         return out
+
+
+def _numbered(program: Program) -> Program:
+    """A program whose terms are the numbers of its values."""
+    return replace(program, terms=tuple((str(op.id), op.id) for op in program.ops))
 
 
 def _from_alone(program: Program, roots: Iterable[int]) -> set[int]:

@@ -48,9 +48,21 @@ def schedules(s: Subject) -> str:
     for way, direction in s.directions.items():
         found = s.candidates[way]
         parts.append(f"<h3>{WAYS[way].capitalize()}</h3>{_bars(s, way)}{why(found)}{_launches(found[0])}")
+        parts.append(_kept(s) if way == "f" else "")
         if direction.target == "triton" and (measured := describe(direction.executable.hash).strip()):
             parts.append(details("Measured times", f"<pre>{html.escape(measured)}</pre>"))
     return section("schedule", "Schedule", "".join(parts), said)
+
+
+def _kept(s: Subject) -> str:
+    """What the forward hands to the backward, if anything."""
+    lines = s.trail.kept()
+    if not lines:
+        return ""
+    alone = s.explanation.plan.forward.choice
+    return ("<p class='said'>It keeps for the backward what would be worked out again there, under these numbers, because that was "
+            f"estimated to pay. Where no gradient is wanted it keeps nothing, and takes {duration(alone.seconds)} by "
+            f"<b>{alone.schedule.name}</b>.</p>{code(lines, whole=True)}")
 
 
 def _bars(s: Subject, way: str) -> str:
@@ -125,7 +137,7 @@ def kernels(s: Subject) -> str:
         else:
             said = ("Before kernels were cut, sums were taken together: one pass over the rows for what is added, and row sums "
                     "where they need the least")
-            parts.append(changed(direction.program, gather(direction.program), said))
+            parts.append(changed(s.trail.program(way), gather(s.trail.program(way)), said))
         for kernel in kernels_of(direction):
             lines = s.trail.source(way, kernel.source.strip("\n"), "triton")
             head = f"{dot(s.colours(way).get(kernel.kernel.name, 'var(--f)'))} <code>{kernel.name}</code>"

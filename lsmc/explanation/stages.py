@@ -112,7 +112,8 @@ def _picture(s: Subject, way: str) -> str:
     drawn = picture(s.trail.program(way), s.trail.terms(way), lambda i: f"{marks[i]} tabindex='0'",
                     lambda a, b: str(Marks(uses=frozenset({f"{way}{a}", f"{way}{b}"}))),
                     [(colours[n], ops) for n, ops in bodies.items()])
-    return drawn + legend(KINDS.values(), "boxes") + legend(((n, colours[n]) for n in bodies), f"{WAYS[way]} kernels", "●")
+    handed = "; values without a dot come from the forward, which kept them" * (way == "b" and bool(s.trail.kept()))
+    return drawn + legend(KINDS.values(), "boxes") + legend(((n, colours[n]) for n in bodies), f"{WAYS[way]} kernels{handed}", "●")
 
 
 def backward(s: Subject) -> str:

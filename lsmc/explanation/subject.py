@@ -39,8 +39,8 @@ class Findings:
 def find_out(explanation: Explanation, examples: int) -> Findings:
     """Compile the kernels and test the laws: what takes time. A bar shows it where standard error is a terminal."""
     found, plan = Findings(obstacle=obstacle()), explanation.plan
-    ways = {"b": plan.backward, "f": plan.forward}  # the longest first
-    jobs = {Compiling(d.program, d.choice.schedule, n, plan.shape): (w, n)
+    ways = {"b": plan.backward, "f": plan.training}  # the longest first
+    jobs = {Compiling(d.program, d.choice.schedule, flagged(d), n, plan.shape): (w, n)
             for w, d in ways.items() for n in range(len(kernels_of(d))) if not found.obstacle}
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -61,6 +61,11 @@ def kernels_of(direction: Direction) -> tuple[Any, ...]:
     """The kernels that Triton runs for a direction; none where it runs as ATen operations."""
     executable: Any = direction.executable
     return tuple(executable.kernels) if direction.target == "triton" else ()
+
+
+def flagged(direction: Direction) -> bool:
+    """Whether the kernels of a backward are told by its forward which chunks have mild decays."""
+    return direction.before is not None and "_flags" in direction.before.executable.keeps
 
 
 @dataclass(frozen=True)
@@ -84,11 +89,11 @@ class Subject:
 
     @cached_property
     def trail(self) -> Trail:
-        return Trail(self.canonical, self.explanation.plan.scale)
+        return Trail(self.explanation.plan)
 
     @cached_property
     def directions(self) -> dict[str, Direction]:
-        return {"f": self.explanation.plan.forward, "b": self.explanation.plan.backward}
+        return {"f": self.explanation.plan.training, "b": self.explanation.plan.backward}
 
     @cached_property
     def candidates(self) -> dict[str, list[Candidate]]:
@@ -96,7 +101,7 @@ class Subject:
 
     @cached_property
     def tokens(self) -> dict[str, Token]:
-        return {w: per_token(d, self.candidates[w][0], self.shape) for w, d in self.directions.items()}
+        return {w: per_token(self.trail.program(w), found[0], self.shape) for w, found in self.candidates.items()}
 
     @property
     def on_gpu(self) -> bool:

@@ -51,7 +51,7 @@ def found(explanation: Any) -> Findings:
     """What would be found out, made up."""
     report = laws.Report("made up", {name: laws._Tally(3e-13, 11, 1) for name in laws.LAWS}, 1.0)
     made = Findings(laws=report)
-    for way, direction in (("f", explanation.plan.forward), ("b", explanation.plan.backward)):
+    for way, direction in (("f", explanation.plan.training), ("b", explanation.plan.backward)):
         for n, k in enumerate(kernels_of(direction)):
             made.kernels[way, n] = Resources(k.name, 100 + n, 256 * n, 40960, 8, 4, 2)
     return made
@@ -68,10 +68,10 @@ def test_a_page_stands_alone_and_shows_every_stage(name: str) -> None:
     assert "http" not in text and "url(" not in text and "@import" not in text
     assert len(re.findall("<section id=", text)) == len(SECTIONS)
     plan = explanation.plan
-    for stage in (plan.canonical, plan.forward.program, plan.backward.program):
-        for line in str(stage).splitlines()[1:]:
+    for stage in ("canonical", "chunk", "backward"):
+        for line in explanation.stages()[stage].splitlines()[1:]:
             assert line in page.text
-    for direction in (plan.forward, plan.backward):
+    for direction in (plan.training, plan.backward):
         for kernel in kernels_of(direction):
             assert all(line.rstrip() in page.text for line in kernel.source.strip().splitlines())
         for schedule, _, _ in direction.choice.estimates:
@@ -146,7 +146,7 @@ def test_the_work_of_a_schedule_is_above_its_floor() -> None:
             assert token.moved >= token.least > 0
             assert token.predicted >= token.floor > 0
             bodies = about.bodies(way).values()
-            assert set().union(*bodies) <= {op.id for op in direction.program.ops}
+            assert set().union(*bodies) <= {op.id for op in about.trail.program(way).ops}
         assert "was chosen" in numbers.why(about.candidates["b"])
 
 
@@ -175,7 +175,7 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(bool(costs.obstacle()), reason=f"cannot compile: {costs.obstacle()}")
 def test_a_kernel_is_compiled_for_the_page() -> None:
     direction = lsmc.explain(zoo.bla, shape=Shape(8, 512, 16, 16, 16)).plan.forward
-    jobs = [Compiling(direction.program, direction.choice.schedule, 0, Shape(8, 512, 16, 16, 16))]
+    jobs = [Compiling(direction.program, direction.choice.schedule, False, 0, Shape(8, 512, 16, 16, 16))]
     [(job, made)] = costs.resources(jobs)
     assert job == jobs[0]
     assert isinstance(made, Resources), made
