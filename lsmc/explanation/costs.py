@@ -145,14 +145,16 @@ def obstacle() -> str:
     return ""
 
 
-def assembler() -> str:
-    """The versions that compile."""
+def assembler() -> tuple[str, str]:
+    """The versions that compile, and what is known against them."""
     import triton
 
     from lsmc.lowering import ptxas
 
+    ptxas.select()
     used = ptxas.in_use()
-    return f"Triton {triton.__version__}, ptxas {used[1] if used else '?'}"
+    version = used[1] if used else "?"
+    return f"Triton {triton.__version__}, ptxas {version}", ptxas.trouble(version) if used else ""
 
 
 def resources(jobs: list[Compiling]) -> Iterable[tuple[Compiling, Any]]:

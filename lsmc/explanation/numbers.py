@@ -163,9 +163,11 @@ def _taken(s: Subject) -> str:
             rows.append(f"<tr>{first}{meter(r.registers / 255, str(r.registers))}{spilled}"
                         f"{meter(r.shared / H200.shared_bytes, f'{r.shared / 1024:.0f} KB')}{rest}</tr>")
     head = "".join(f"<th>{h}</th>" for h in ("kernel", "registers", "spilled", "shared memory", "wgmma", "warps", "stages"))
-    said = (f"Compiled for sm_90a by {assembler()}, without a GPU: bfloat16, K = {s.shape.key}, V = {s.shape.value}, chunks of "
+    versions, trouble = assembler()
+    said = (f"Compiled for sm_90a by {versions}, without a GPU: bfloat16, K = {s.shape.key}, V = {s.shape.value}, chunks of "
             f"{s.shape.chunk}. A thread has at most 255 registers, a block {H200.shared_bytes // 1024} KB of shared memory; "
             "what is spilled, here in bytes a thread, goes to memory.")
+    said += f" Known of ptxas {html.escape(trouble)}." if trouble else ""
     return f"<div class='wide'><table class='taken'><tr>{head}</tr>{''.join(rows)}</table></div><p class='key'>{said}</p>"
 
 
@@ -233,6 +235,6 @@ def made(s: Subject) -> str:
 
     rows: Iterable[tuple[str, str]] = (
         ("lsmc", lsmc.__version__), ("torch", torch.__version__), ("sympy", sympy.__version__),
-        ("python", platform.python_version()), *([("kernels", assembler())] * (not s.found.obstacle)),
+        ("python", platform.python_version()), *([("kernels", assembler()[0])] * (not s.found.obstacle)),
     )  # fmt: skip
     return section("made", "Made with", f"<table>{table_rows(rows)}</table>")
