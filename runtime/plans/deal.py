@@ -18,7 +18,7 @@ states stand the operators of `lsmc.runtime.collectives`, so that every gradient
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
+from lsmc.lowering.absorb import mutates
 from lsmc.runtime import collectives
 from lsmc.runtime.errors import LsmMeshError
 from lsmc.runtime.insert import Writer, example, mode_of
@@ -117,6 +118,7 @@ class Deal:
                     regions.remove(args[0].example)
                 self.state[node] = WHOLE
             elif node.op in ("call_function", "call_method"):
+                self._check_writes(node)
                 self.state[node] = self._inside(node) or self._outside(node)
             else:
                 self._outside(node)
@@ -127,6 +129,12 @@ class Deal:
         self.graph.lint()
         self.module.graph = self.graph
         self.module.recompile()
+
+    def _check_writes(self, node: Node) -> None:
+        """What is written in place must have no other copies: parts, or the whole of parts."""
+        copied = {n for n, _ in self.converted} | {n for n, state in self.state.items() if state != WHOLE}
+        if mutates(node) and any(n in copied for n in node.all_input_nodes):
+            raise LsmMeshError(f"axis {self.axis.name!r} splits what {node.format_node()} writes in place")
 
     # -- states
 
@@ -164,8 +172,7 @@ class Deal:
         if have == INNER:
             return collectives.summed(x / self.axis.size, self.axis)
         assert isinstance(have, Split)
-        size = shape_of(node)[have.dim]
-        if have.local(size, self.axis.size) * self.axis.size != size:
+        if not have.covers(shape_of(node)[have.dim]):
             raise LsmMeshError(f"axis {self.axis.name!r} splits {node.name} along {have}, which {next(iter(node.users)).name} "
                                "needs whole")
         return collectives.joined(x, have.dim, have.flat(), self.axis)
@@ -262,14 +269,15 @@ class Deal:
     SPECIAL = frozenset({"linear", "matmul", "bmm", "mm", "sum", "split", "chunk", "unbind", "getitem", "lsmc.fwd",
                          "lsmc.moe_experts", "scaled_dot_product_attention"})  # fmt: skip
 
-    def _split_of(self, node: Any, dim: int) -> Split | None:
-        """How an operand is split, if along this dimension."""
-        split = self.layouts.get(node)
-        return split if split is not None and split.dim == dim % len(shape_of(node)) else None
+    def _summed_over(self, node: Any, dims: Collection[int]) -> Split | None:
+        """How an operand is split, if along one of these dimensions, and all of it: then sums over it are partial."""
+        split, shape = self.layouts.get(node), shape_of(node)
+        over = split is not None and split.dim in {d % len(shape) for d in dims} and split.covers(shape[split.dim])
+        return split if over else None
 
     def _linear(self, node: Node) -> State | None:
         x, w, bias = arguments(node)[0], argument(node, 1, "weight"), argument(node, 2, "bias")
-        split = self._split_of(x, -1)
+        split = self._summed_over(x, (-1,))
         if split is None:
             return None
         self.made[node] = self.writer.create_proxy(
@@ -282,7 +290,7 @@ class Deal:
 
     def _matmul(self, node: Node) -> State | None:
         a, b = arguments(node)[0], arguments(node)[1]
-        split = self._split_of(a, -1)
+        split = self._summed_over(a, (-1,))
         if split is None or len(shape_of(b)) < 2:
             return None
         self._call(node, {a: split, b: Split(len(shape_of(b)) - 2, split.spans)})
@@ -292,10 +300,8 @@ class Deal:
 
     def _sum(self, node: Node) -> State | None:
         x = arguments(node)[0]
-        split = self.layouts.get(x)
-        if split is None or split.dim not in over_dims(node):
-            return None
-        if split.local(shape_of(x)[split.dim], self.axis.size) * self.axis.size != shape_of(x)[split.dim]:
+        split = self._summed_over(x, over_dims(node))
+        if split is None:
             return None
         self._call(node, {x: split})
         return PARTIAL

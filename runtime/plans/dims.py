@@ -51,6 +51,10 @@ class Split:
         dealt = sum(b - a for a, b in self.spans)
         return size - dealt + dealt // ranks
 
+    def covers(self, size: int) -> bool:
+        """Whether nothing of `size` along the dimension is whole."""
+        return sum(b - a for a, b in self.spans) == size
+
     def flat(self) -> list[int]:
         """The spans as operators take them."""
         return [edge for span in sorted(self.spans) for edge in span]

@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.fx import GraphModule
+from torch.nn import functional as F
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import lsmc
@@ -91,9 +92,23 @@ def test_a_layer_takes_one_sum_in_each_direction(tp: DeviceMesh, graphs: list[Gr
     losses.total.backward()
 
 
+class Heads(nn.Module):
+    """Attention with dropout, or an output that is written in place."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.inner, self.dropout = nn.Linear(1, 12), dropout
+
+    def forward(self, tokens: Tensor, _: Tensor) -> Tensor:
+        q, k, v = self.inner(tokens[..., None].float()).unflatten(-1, (3, 2, 2)).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout).add_(1)
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "heads of an operator": (lambda: model("L", heads=3), "the number of heads of gla .* is 3, which the 2 ranks of axis 'tp'"),
     "heads of attention": (lambda: model("N", heads=1), "the number of attention heads is 1, which the 2 ranks"),
+    "dropout": (lambda: Heads(0.1), "splits heads, and scaled_dot_product_attention has dropout"),
+    "writing in place": (lambda: Heads(0.0), "splits what .*add_.* writes in place"),
     "widths": (lambda: model("L", width=7), "the width of the experts is 7, which the 2 ranks"),
 }
 
