@@ -54,11 +54,11 @@ def explain(
     """How a method is compiled: every stage from the declaration to the emitted code, and why this schedule."""
     from lsmc.errors import LsmNameError
 
+    console = _console()
     if mesh is not None:
-        _console().print(_exchanges(method, mesh, size, pattern, batch, tokens))
+        console.print(_exchanges(method, mesh, size, pattern, batch, tokens))
         return
     explanation = _explanation(method, shape)
-    console = _console()
     if out is not None:
         console.print(escape(f"{explanation.html(out)} explains {explanation.name}"))
         return

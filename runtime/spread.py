@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lsmc.errors import LsmError
 from lsmc.lowering import ops
+from lsmc.lowering.absorb import mutates
 from lsmc.lowering.torch_maps import NAMES
 from lsmc.lowering.torch_maps import POINTWISE as MAPS
 from lsmc.runtime import collectives
@@ -121,7 +122,7 @@ class Spread:
             elif node.op != "placeholder" and (node.users or name_of(node) != "getitem"):
                 self.env[node] = self._call(node)
         for node in reversed(new.nodes):  # whole values that were needed in parts only
-            if not node.users and node.op.startswith("call") and (name_of(node) in POINTWISE or name_of(node) in _LAYOUTS):
+            if not node.users and node.op.startswith("call") and name_of(node) in POINTWISE | _LAYOUTS and not mutates(node):
                 new.erase_node(node)
         for value in self.env.values():
             if isinstance(value, Value) and value.node.op == "placeholder" and self.of(value) is None:
