@@ -159,7 +159,7 @@ class Ranks:
 
     def _silent(self, before: Mapping[int, Sign], now: Mapping[int, Sign]) -> str:
         silent = [r for r in range(self.count) if r not in now or (r in before and now[r][0] == before[r][0])]
-        where = {r: f"it was at {now[r][2]}" if r in now else "it never began" for r in silent}
+        where = {r: f"last seen at {now[r][2]}" if r in now else "it never began" for r in silent}
         return "; ".join(f"rank {r} does not answer ({where[r]})" for r in silent)
 
     def _end(self, why: str) -> None:

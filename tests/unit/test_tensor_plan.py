@@ -158,6 +158,6 @@ def test_who_is_missing_is_who_gives_no_sign_and_else_who_is_behind() -> None:
     ranks._others = lambda: seen  # type: ignore[method-assign]
     assert ranks._behind(before) == "rank 2 is still at the batch of step 2"
     seen[1] = before[1]
-    assert ranks._behind(before) == "rank 1 does not answer (it was at step 2)"
+    assert ranks._behind(before) == "rank 1 does not answer (last seen at step 2)"
     del seen[1]
     assert ranks._behind(before) == "rank 1 does not answer (it never began)"
