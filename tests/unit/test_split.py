@@ -85,7 +85,7 @@ def test_ranks_that_exchange_summaries_compute_what_one_computes(op: LSM) -> Non
     check(op, dataclasses.replace(CASE, gates="mixture"), ranks=4)
 
 
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(drawn=declarations(), ranks=st.sampled_from([1, 2, 4]), gates=st.sampled_from(list(GATES)), seed=st.integers(0, 99))
 def test_summaries_of_any_declaration_make_the_whole(drawn: Drawn, ranks: int, gates: str, seed: int) -> None:
     """Or the method is refused by its name."""
