@@ -71,6 +71,8 @@ VALUES: dict[str, Callable[[Term, Term], Term]] = {
     "strength": lambda write, key: scalar("beta") * write,
     "a write per head": lambda write, key: write + outer(vector("w", per="head"), v),
     "two writes": lambda write, key: scalar("beta") * write + outer(lsmc.tanh(vector("w")), lsmc.tanh(v)),
+    "a write that corrects the first": lambda write, key: write + scalar("beta") * outer(
+        other := lsmc.l2norm(vector("w")), v - other @ (M.decayed + write)),
 }
 
 READOUTS: dict[str, Callable[[Term, Term], Term]] = {
@@ -131,7 +133,8 @@ def declarations(draw: st.DrawFn) -> Drawn:
     alone = read == momentum == "none" and decay not in (*OVER_V, *ROTATING)
     readout = draw(st.sampled_from([r for r in READOUTS if r != "normaliser" or alone]))
     maps = POSITIVE if readout == "normaliser" else tuple(MAPS)
-    values = [name for name in VALUES if readout != "normaliser" or "write" not in name]
+    values = [name for name in VALUES if (readout != "normaliser" or "write" not in name)
+              and (decay not in OVER_V or "corrects" not in name)]
     made = Drawn(
         decay=decay,
         read=read,
