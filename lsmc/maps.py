@@ -139,10 +139,11 @@ def gelu(x: object) -> Term:
 def softmax(x: object) -> Term:
     """e^{xᵢ} / Σⱼ e^{xⱼ} over the dim of a vector.  Raises LsmDelayError for a scalar: there is no softmax over tokens."""
     where = here()
-    if not as_term(x, where, 0).dims:
+    given = as_term(x, where, 0)
+    if not given.dims:
         raise LsmDelayError(
-            f"{as_term(x, where)!r} is one number for each token: a softmax over tokens looks at all earlier ones, and a step sees them "
-            "only through the memory, K × V numbers whatever their count", where=where.at(0) if where else None,
+            f"{given!r} is one number for each token: a softmax over tokens looks at all earlier ones, and a step sees them only "
+            "through the memory, K × V numbers however many they are", where=where.at(0) if where else None,
             help="(q @ M) / (q @ M.normalizer) weights tokens by products of feature maps, such as exp(q) and exp(k)",
         )  # fmt: skip
     term, dim = vector_of(x, where, "softmax")
