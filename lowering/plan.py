@@ -17,7 +17,7 @@ import lsmc.lowering.backends.aten as aten
 from lsmc.canonical import Canonical
 from lsmc.ir import Program
 from lsmc.schedules import Choice, Shape
-from lsmc.schedules.base import Rank, by_kernel
+from lsmc.schedules.base import Rank, Schedule, by_kernel
 
 
 class Executable(Protocol):
@@ -76,7 +76,13 @@ class Direction:
             import lsmc.lowering.backends.triton as triton
 
             return triton.Compiled(self.program, self.choice.schedule)
-        return aten.Compiled(self.program, self.choice.schedule)
+        return _aten(self.program, self.choice.schedule)
+
+
+@functools.lru_cache(maxsize=128)
+def _aten(program: Program, schedule: Schedule) -> aten.Compiled:
+    """The same for all sizes at which the schedule is chosen."""
+    return aten.Compiled(program, schedule)
 
 
 @dataclass(frozen=True)

@@ -224,12 +224,11 @@ class _Derivation:
         return plain + [out for out, _ in correcting]
 
     def _solve(self, correcting: list[tuple[_Written, sympy.Tuple]], known: list[_Written]) -> None:
-        """U_n = c_n + Σ_r b_nr R_r, whose R_r read every U at earlier tokens: elimination on blocks L that are strictly lower
-        triangular, so that each pivot I + L is a unit lower-triangular solve."""
-        b, minus = self.b, operand(0) - operand(1)
-        rhs, lower = list[int](), list[list[int]]()
+        """U_n = c_n + Σ_r b_nr R_r, whose R_r read every U at earlier tokens: L_nj = −Σ_r b_nr ⟨X_r, K_j⟩_g, strictly lower
+        triangular. What the normaliser reads of itself corrects in the same way what is written to it."""
+        b, lower, sides = self.b, list[list[int]](), list[list[int]]()
         for out, coefs in correcting:
-            right, rows = [out.value], [list[int]() for _ in correcting]
+            rhs, ones, system = [out.value], [] if out.one is None else [out.one], [list[int]() for _ in correcting]
             for read, coef in zip(self.c.reads, coefs, strict=True):
                 if coef == 0:
                     continue
@@ -238,24 +237,37 @@ class _Derivation:
                     raise _no_chunk_form(self.c, f"the read is weighted by {coef}, which varies along V",
                                          "weight it by a scalar per token")
                 key = self._key(read.key)
-                right.append(b.mul(weight, self._through_memory(key, read.at, MEMORY)))
-                right += [b.mul(weight, self._from_write(key, read.at, w, w.value)) for w in known]
-                for row, (other, _) in zip(rows, correcting, strict=True):
-                    row.append(b.map(-operand(0) * operand(1), weight, self._weights(key, read.at, other)))
-            lower.append([b.add(*row) for row in rows])
-            rhs.append(b.add(*right))
-        for n, pivot in enumerate(lower):
-            later = range(n + 1, len(lower))
-            pivot[n + 1:] = [b.solve(pivot[n], pivot[j]) for j in later]
-            rhs[n] = b.solve(pivot[n], rhs[n])
-            for i in later:
-                rhs[i] = b.map(minus, rhs[i], b.matmul(lower[i][n], rhs[n]))
-                lower[i][n + 1:] = [b.map(minus, lower[i][j], b.matmul(lower[i][n], pivot[j])) for j in later]
-        outs = [out for out, _ in correcting]
-        for n in reversed(range(len(outs))):
-            outs[n].value = rhs[n]
-            for j in range(n + 1, len(outs)):
-                outs[n].value = b.map(minus, outs[n].value, b.matmul(lower[n][j], outs[j].value))
+                rhs.append(b.mul(weight, self._through_memory(key, read.at, MEMORY)))
+                rhs += [b.mul(weight, self._from_write(key, read.at, w, w.value)) for w in known]
+                for terms, (other, _) in zip(system, correcting, strict=True):
+                    terms.append(b.map(-operand(0) * operand(1), weight, self._weights(key, read.at, other)))
+                if ones:
+                    ones.append(b.mul(weight, self._through_memory(key, read.at, NORMALIZER)))
+                    ones += [b.mul(weight, self._from_write(key, read.at, w, w.one)) for w in known if w.one is not None]
+            lower.append([b.add(*terms) for terms in system])
+            sides.append([b.add(*side) for side in (rhs, ones) if side])
+        for (out, _), (value, *one) in zip(correcting, self._eliminate(lower, sides), strict=True):
+            out.value, out.one = value, one[0] if one else None
+
+    def _eliminate(self, lower: list[list[int]], sides: list[list[int]]) -> list[list[int]]:
+        """X of Σ_j (δ_nj + L_nj) X_j = B_n, over blocks that are strictly lower triangular each: so is what elimination leaves
+        of them, and every pivot I + L is a unit lower-triangular solve."""
+        b, blocks = self.b, range(len(lower))
+
+        def less(xs: list[int], n: int, j: int, ys: list[int]) -> list[int]:
+            return [b.map(operand(0) - operand(1), x, b.matmul(lower[n][j], y)) for x, y in zip(xs, ys, strict=True)]
+
+        for n in blocks:
+            pivot = lower[n][n]
+            sides[n] = [b.solve(pivot, x) for x in sides[n]]
+            lower[n][n + 1:] = [b.solve(pivot, x) for x in lower[n][n + 1:]]
+            for i in blocks[n + 1:]:
+                sides[i] = less(sides[i], i, n, sides[n])
+                lower[i][n + 1:] = less(lower[i][n + 1:], i, n, lower[n][n + 1:])
+        for n in reversed(blocks):
+            for j in blocks[n + 1:]:
+                sides[n] = less(sides[n], n, j, sides[j])
+        return sides
 
     def _query(self, query: Query, writes: list[_Written]) -> int:
         key = self._key(query.key)
