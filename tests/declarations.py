@@ -130,10 +130,10 @@ def declarations(draw: st.DrawFn) -> Drawn:
     decay = draw(st.sampled_from(list(DECAYS)))
     read = "none" if decay in OVER_V else draw(st.sampled_from(list(READS)))
     momentum = draw(st.sampled_from(list(MOMENTA))) if decay in PLAIN else "none"
-    alone = read == momentum == "none" and decay not in (*OVER_V, *ROTATING)
+    alone = momentum == "none" and decay not in (*OVER_V, *ROTATING)
     readout = draw(st.sampled_from([r for r in READOUTS if r != "normaliser" or alone]))
     maps = POSITIVE if readout == "normaliser" else tuple(MAPS)
-    values = [name for name in VALUES if (readout != "normaliser" or "write" not in name)
+    values = [name for name in VALUES if (readout != "normaliser" or name not in ("a write per head", "two writes"))
               and (decay not in OVER_V or "corrects" not in name)]
     made = Drawn(
         decay=decay,
