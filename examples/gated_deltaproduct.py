@@ -3,8 +3,8 @@ o = q M.
 
 q, k (B, T, H, K), k2 (B, T, HV, K), both keys of norm 1; v, v2 (B, T, HV, V); g (B, T, HV), log decay, ≤ 0; beta, beta2
 (B, T, HV) in [0, 2]. The second step reads what the first has written.
-Siems et al. 2025, "DeltaProduct: Improving State-Tracking in Linear RNNs via Householder Products" (arXiv 2502.10297), eq. 4
-with n_h = 2, the gate before the first step.
+Siems et al. 2025, "DeltaProduct: Improving State-Tracking in Linear RNNs via Householder Products" (arXiv 2502.10297), its
+gated form with n_h = 2, the gate before the first step.
 """
 
 from lsmc import LSM, M, Scalar, k, outer, scalar, v, vector
