@@ -91,7 +91,7 @@ def _class(n: int) -> int:
 
 def call(declaration: LSM, *, initial_state: State | None = None, return_final_state: bool = False,
          cu_seqlens: Tensor | None = None, scale: float = 1.0, chunk: int | None = None, schedule: str | None = None,
-         **inputs: Any) -> Any:
+         recompute: bool = False, **inputs: Any) -> Any:
     """o, or (o, state) with `return_final_state`: the method on whole sequences, differentiable in every input.
 
     inputs              by name: q, k (B, T, H, K), v (B, T, HV, V), per token (B, T, HV, …), per head (HV, …); any
@@ -100,6 +100,8 @@ def call(declaration: LSM, *, initial_state: State | None = None, return_final_s
     cu_seqlens          (N+1,) int: packed sequences with B = 1, empty ones allowed; states are then (N, HV, K, V)
     scale               multiplies q
     chunk, schedule     fix what the compiler otherwise chooses: tokens per chunk (a power of two), a schedule's name
+    recompute           keep nothing but the inputs for the backward, which then works the rest out again: less memory between
+                        the two, more time
 
     Raises LsmMissingInputError, LsmUnexpectedInputError, LsmShapeError, LsmDtypeError, LsmSequenceError, LsmOptionError
     before anything runs, and LsmNotAffineError or LsmNoChunkFormError for declarations without a chunk form.
@@ -126,7 +128,7 @@ def call(declaration: LSM, *, initial_state: State | None = None, return_final_s
         given = initial_state if isinstance(initial_state, tuple | list) else (initial_state,)
         dtype = ops.state_dtype(tensors[casts[-1] if casts else names[0]].dtype)
         start = [s.to(dtype)[..., None] if dims == ("K",) else s.to(dtype) for s, dims in zip(given, states)]
-    o, *ends = ops.run([tensors[n] for n in names], start, cu_seqlens, spec)
+    o, *ends = ops.run([tensors[n] for n in names], start, cu_seqlens, spec, not recompute)[: 1 + len(states)]
     if not return_final_state:
         return o
     ends = [e.squeeze(-1) if dims == ("K",) else e for e, dims in zip(ends, states)]

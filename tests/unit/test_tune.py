@@ -132,7 +132,7 @@ def test_a_method_without_kernels_is_refused_by_name() -> None:
 @pytest.mark.parametrize("shape", [Shape(128, 4096, 128, 128), Shape(8, 16384, 64, 96), Shape(4, 64, 16, 8)], ids=str)
 def test_candidates_are_few_valid_and_begin_with_the_default(name: str, shape: Shape) -> None:
     plan = compile_plan(getattr(zoo, name).canonical, Options(target="triton"), shape)
-    for direction in (plan.forward, plan.backward):
+    for direction in (plan.forward, plan.training, plan.backward):
         made: Any = direction.executable
         found, usual = candidates(made, shape), defaults(made, shape)
         assert set(found) == {k.kernel.name for k in made.kernels}
@@ -285,9 +285,10 @@ def test_a_key_holds_what_decides_code_and_time() -> None:
     others = [
         keys(subject(sizes=(3, 64, 2, 32, 32))), keys(subject(sizes=(2, 65, 2, 32, 32))), keys(subject(sizes=(2, 64, 2, 64, 32))),
         keys(subject(sizes=(2, 64, 2, 32, 24))), keys(subject(dtype="float16")), keys(subject(gates="float16")),
-        keys(subject(state=True)), keys(subject(packed=True)), keys(subject(scale=0.5)), keys(subject("retnet")),
+        keys(subject(packed=True)), keys(subject(scale=0.5)), keys(subject("retnet")),
     ]
     assert all(not set(base) & set(other) for other in others)
+    assert not set(base) & set(keys(subject(state=True))[:1]), "the backward takes memories that the forward kept"
     for change in ({"capability": "sm_100"}, {"name": "other"}, {"torch": "2"}, {"triton": "3.7"}, {"ptxas": "13.1.80"}):
         assert store.key_of(LIKE, dataclasses.replace(HERE, **change)) != store.key_of(LIKE, HERE)
 
