@@ -78,7 +78,10 @@ def extents(plan: Plan, inputs: Sequence[Tensor], start: Sequence[Tensor] = ()) 
             like = x
     assert token is not None and heads is not None
     if start:
-        heads, dims["K"], dims["V"] = start[0].shape[1:]
+        heads = start[0].shape[1]
+        dims |= zip(plan.memories[0], start[0].shape[2:], strict=True)
+    if "K" in dims:
+        dims["F"] = dims["K"] ** 2
     return Extents(token.shape[0], token.shape[1], heads, dims, like)
 
 
@@ -88,9 +91,8 @@ def _start(plan: Plan, inputs: Sequence[Tensor], start: Sequence[Tensor], cu_seq
         return list(start)
     size = extents(plan, inputs)
     n = size.batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    carries = [plan.forward.program.index[c.inp].dims for c in plan.forward.program.carries]
     dtype = state_dtype(size.like.dtype)
-    return [size.like.new_zeros((n, size.heads, size.dims[r], size.dims[c]), dtype=dtype) for r, c in carries]
+    return [size.like.new_zeros((n, size.heads, size.dims[r], size.dims[c]), dtype=dtype) for r, c in plan.memories]
 
 
 @triton_op("lsmc::fwd", mutates_args={})

@@ -35,10 +35,12 @@ from lsmc.maps import (
     expm1,
     gelu,
     l2norm,
+    layernorm,
     log,
     log1p,
     logsigmoid,
     mean,
+    pairs,
     relu,
     rmsnorm,
     rsqrt,
@@ -53,7 +55,7 @@ from lsmc.maps import (
     tanh,
 )
 from lsmc.reference import reference
-from lsmc.terms import M, diag, eye, grad, k, matrix, norm2, outer, q, scalar, total, v, vector
+from lsmc.terms import M, diag, eye, grad, k, matrix, norm2, outer, over, q, scalar, total, v, vector
 
 from lsmc import zoo  # isort: skip  (its files import the names above)
 from lsmc.api import compile, explain  # isort: skip
@@ -105,6 +107,7 @@ __all__ = [
     "grad",
     "k",
     "l2norm",
+    "layernorm",
     "log",
     "log1p",
     "logsigmoid",
@@ -112,6 +115,8 @@ __all__ = [
     "mean",
     "norm2",
     "outer",
+    "over",
+    "pairs",
     "q",
     "reference",
     "relu",

@@ -73,6 +73,10 @@ def _pullback(b: Builder, op: Op, d: int) -> list[tuple[int, int]]:
             if b.ops[x].kind == "inverse" and not ta:  # U = (I + L)⁻¹ B: dB = (I + L)⁻ᵀ dU and dL = −dB Uᵀ
                 return [(y, dy), (b.ops[x].args[0], b.mask(b.map(-operand(0), b.matmul(dy, op.id, tb=True)), strict=True))]
             return [(x, dx), (y, dy)]
+        case "rename":
+            return [(a[0], b.emit("rename", b.dims(a[0]), d))]
+        case "pairs":
+            return [(a[n], b.emit("pairs_grad", b.dims(a[n]), d, a[1 - n], wrt=n)) for n in (0, 1)]
         case "inverse":  # d(I + L)⁻¹ = −A dL A, kept strictly lower
             right = b.matmul(d, op.id, tb=True)
             return [(a[0], b.mask(b.map(-operand(0), b.matmul(op.id, right, ta=True)), strict=True))]

@@ -15,6 +15,9 @@ A rotation by the angles θ beside g multiplies what passes from token j to toke
 cos(a − b) = cos a cos b + sin a sin b splits these into factors of x_i and y_j: two decay forms, and two memories, the
 real and the imaginary part. Momentum μ, P ← e^μ P + KᵀU and M ← e^g M + P, weights what token j wrote, as token i reads
 it, by the product of two triangles, Σ_l e^{g over (l, i]} e^{μ over (j, l]}.
+
+Where reads are of the memory M⁰ at the start of a block, the tokens of a chunk lie in one block, so that R = X M⁰ and
+U = f(V, R) for any f. M⁰ stays until the block is over, and is M_C then.
 """
 
 from __future__ import annotations
@@ -23,12 +26,17 @@ from dataclasses import dataclass
 
 import sympy
 
-from lsmc.canonical import Canonical, Query
+from lsmc.canonical import Canonical, Query, Read, bent
 from lsmc.errors import LsmNoChunkFormError, LsmNotAffineError
-from lsmc.expr import Field, Max, Sum, dims_of, number, show
+from lsmc.expr import Field, Max, Over, Pairs, Sum, dims_of, number, show
+from lsmc.functions import step
 from lsmc.ir import Builder, Carry, Dims, Program, operand, prune, verify
 
-MEMORY, IMAGINARY, ACCUMULATOR, NORMALIZER = "M", "I", "P", "Z"
+MEMORY, IMAGINARY, ACCUMULATOR, NORMALIZER, BIAS, COUNT = "M", "I", "P", "Z", "Mb", "Mt"
+
+
+Inner = Sum | Pairs | Over
+"""The parts of an expression that are not elementwise."""
 
 
 @dataclass
@@ -38,6 +46,10 @@ class _Written:
     key: int
     value: int
     one: int | None
+
+    def into(self, of: str, rows: int) -> _Written:
+        """The same write into the bias, whose keys are 1 where there are tokens."""
+        return _Written(rows, self.value, None) if of == BIAS else self
 
 
 def derive(canonical: Canonical, scale: float = 1.0) -> Program:
@@ -76,7 +88,7 @@ class _Derivation:
         self.angle = None
         if canonical.phase is not None:
             self.angle = self.b.valid(self.b.expand(self.lower(canonical.phase), ("T", "K")))
-        self.memories = {f.name: self.b.input(f.name, "carry", ("K", "V" if "V" in f.dims else "1")) for f in canonical.states}
+        self.memories = {f.name: self.b.input(f.name, "carry", f.tile) for f in canonical.states}
 
     def _check_matrix(self) -> None:
         """A decay over (K, V) goes token by token inside a chunk: it needs no factors, but nothing may read in between."""
@@ -91,10 +103,11 @@ class _Derivation:
                 raise _no_chunk_form(c, f"a memory that decays along K and V together {what}", "decay along K", "decay")
 
     def _input(self, f: Field, scale: float) -> int:
+        role = "token" if f.per == "token" else "head"
         if len(f.dims) == 2:
-            return self.b.input(f.name, f.per, ("K", "V"))
+            return self.b.input(f.name, role, ("K", "V"))
         last = f.dims[0] if f.dims else "1"
-        tile = self.b.input(f.name, f.per, ("T" if f.per == "token" else "1", last))
+        tile = self.b.input(f.name, role, ("T" if f.per == "token" else "1", last))
         return self.b.map(operand(0) * number(scale), tile) if f.name == "q" and scale != 1.0 else tile
 
     def _gate(self, expr: sympy.Expr | None) -> int | None:
@@ -105,20 +118,30 @@ class _Derivation:
 
     def lower(self, expr: sympy.Expr, dims: Dims | None = None) -> int:
         """An elementwise expression with contractions (`Sum`) over inputs and earlier values, as tiles."""
+        tile = self.b.map(*self._of_tiles(expr))
+        return tile if dims is None else self.b.expand(tile, dims)
+
+    def _of_tiles(self, expr: sympy.Expr) -> tuple[sympy.Expr, *tuple[int, ...]]:
+        """An expression as a function of operands, and the tiles that these are."""
         expr = sympy.sympify(expr)
         inner = {s: self._reduce(s) for s in outermost(expr)}
         stand_in = {s: sympy.Dummy(real=True) for s in inner}
         expr = expr.xreplace(stand_in)
         known = {**self.values, **{stand_in[s]: i for s, i in inner.items()}}
         used = sorted(expr.free_symbols, key=lambda s: known[s])
-        tile = self.b.map(expr.xreplace({s: operand(n) for n, s in enumerate(used)}), *(known[s] for s in used))
-        return tile if dims is None else self.b.expand(tile, dims)
+        return expr.xreplace({s: operand(n) for n, s in enumerate(used)}), *(known[s] for s in used)
 
-    def _reduce(self, node: Sum) -> int:
-        """A contraction over a named dimension; a body that does not vary over it counts once per element."""
+    def _reduce(self, node: Inner) -> int:
+        """Pairs, a vector over another dim, or a contraction over one: what does not vary over it counts once per element."""
+        if isinstance(node, Over):
+            x = self.lower(node.args[1])
+            return self.b.emit("rename", (self.b.dims(x)[0], str(node.args[0])), x)
+        if isinstance(node, Pairs):
+            x = self.lower(node.args[0])
+            return self.b.pairs(x, x)
         body = self.lower(node.body)
-        rows = self.b.dims(body)[0]
-        body = self.b.expand(body, (rows, node.dim))
+        rows, along = self.b.dims(body)
+        body = self.b.expand(body, (rows, along if along != "1" else node.dim))
         return self.b.emit("max", (rows, "1"), body, axis=1) if isinstance(node, Max) else self.b.sum(body, axis=1)
 
     # -- decays -----------------------------------------------------------------------------------------------------
@@ -150,18 +173,12 @@ class _Derivation:
 
     def _scan(self, at: str, writes: list[_Written], query: int | None = None) -> int:
         """What a query finds at every token, or the memory after the chunk, under a decay over (K, V)."""
-        log = sympy.Add(*self.c.decays)
-        inner = {s: self._reduce(s) for s in outermost(log)}
-        stand_in = {s: sympy.Dummy(real=True) for s in inner}
-        known = {**self.values, **{stand_in[s]: i for s, i in inner.items()}}
-        log = log.xreplace(stand_in)
-        used = sorted(log.free_symbols, key=lambda s: known[s])
-        log = log.xreplace({s: operand(n) for n, s in enumerate(used)})
-        rows = self.b.valid(self.b.expand(self.b.map(sympy.Integer(1)), ("T", "1")))
+        log, *fields = self._of_tiles(sympy.Add(*self.c.decays))
+        rows = self._rows()
         pairs = [i for w in writes for i in (w.key, w.value)]
         first = [] if query is None else [query]
         return self.b.emit("scan", ("K", "V") if query is None else ("T", "V"), *first, *pairs, self.memories[MEMORY], rows,
-                           *(known[s] for s in used), log=log, writes=len(writes), at=at)
+                           *fields, log=log, writes=len(writes), at=at)
 
     # -- reads and writes ---------------------------------------------------------------------------------------------
 
@@ -181,6 +198,10 @@ class _Derivation:
             return read
         return self._from_start(read, self.gv, before)
 
+    def _rows(self) -> int:
+        """1 where there is a token: (T, 1)."""
+        return self.b.valid(self.b.expand(self.b.map(sympy.Integer(1)), ("T", "1")))
+
     def _weights(self, key: int, at: str, write: _Written) -> int:
         b, strict, before = self.b, at != "updated", at == "previous"
         if self.momentum is not None:
@@ -199,18 +220,31 @@ class _Derivation:
             return self.b.matmul(p, value)
         return self.b.form("X", at != "updated", at == "previous", self.gv, P=p, Y=value)
 
-    def _key(self, expr: sympy.Expr) -> int:
-        return self.lower(expr, ("T", "K"))
+    def _counted(self) -> tuple[int, int]:
+        """The tokens of the block with those of this chunk, and 1 where it is over then."""
+        count = self.b.add(self.memories[COUNT], self.b.sum(self._rows(), axis=0))
+        return count, self.b.map(step(operand(0) - (self.c.block or 1) + sympy.Rational(1, 2)), count)
+
+    def _key(self, expr: sympy.Expr, of: str = MEMORY) -> int:
+        return self.lower(expr, ("T", self.c.rows if of != BIAS else "1"))
+
+    def _at_start(self, read: Read) -> int:
+        """What is read of the memory at the start of the block."""
+        start = self.memories.get(f"{read.of}0", self.memories[read.of])
+        return start if read.of == BIAS else self.b.matmul(self._key(read.key), start)
 
     def _writes(self) -> list[_Written]:
+        if self.c.block is not None:
+            self.values |= {r.symbol: self._at_start(r) for r in self.c.reads}
+            return [_Written(self.b.valid(self._key(w.key)), self.lower(w.value, ("T", "V")), None) for w in self.c.writes]
         symbols = [r.symbol for r in self.c.reads]
         plain: list[_Written] = []
         correcting: list[tuple[_Written, sympy.Expr]] = []
         for w in self.c.writes:
-            coefs = {s: sympy.diff(w.value, s) for s in symbols}
-            if any(c.has(*symbols) for c in coefs.values()) if symbols else False:
+            if bent(w.value, symbols):
                 used = [r for r in self.c.reads if w.value.has(r.symbol)]
-                raise LsmNotAffineError.of(self.c.name, w.value, used, self.c.where)
+                raise LsmNotAffineError.of(self.c.name, show(w.value), used, self.c.where)
+            coefs = {s: sympy.diff(w.value, s) for s in symbols}
             const = sympy.expand(w.value).xreplace({s: sympy.Integer(0) for s in symbols})
             out = _Written(self.b.valid(self._key(w.key)), self.lower(const, ("T", "V")), None)
             if self.c.normalizer:
@@ -229,8 +263,10 @@ class _Derivation:
         return plain
 
     def _solve(self, out: _Written, coefs: sympy.Tuple, known: list[_Written]) -> None:
-        """U = c + Σ_r b_r R_r, whose R_r read U itself at earlier tokens: one unit lower-triangular solve."""
+        """U = c + Σ_r b_r R_r, whose R_r read U itself at earlier tokens: one unit lower-triangular solve. What the normaliser
+        reads of itself corrects in the same way what is written to it."""
         rhs, system = [out.value], []
+        ones = None if out.one is None else [out.one]
         for read, coef in zip(self.c.reads, coefs, strict=True):
             if coef == 0:
                 continue
@@ -238,19 +274,23 @@ class _Derivation:
             if self.b.dims(b)[1] != "1":
                 raise _no_chunk_form(self.c, f"the read is weighted by {coef}, which varies along V",
                                      "weight it by a scalar per token")
-            key = self._key(read.key)
-            rhs.append(self.b.mul(b, self._through_memory(key, read.at, MEMORY)))
-            rhs += [self.b.mul(b, self._from_write(key, read.at, w, w.value)) for w in known]
-            system.append(self.b.map(-operand(0) * operand(1), b, self._weights(key, read.at, out)))
+            key = self._key(read.key, read.of)
+            rhs.append(self.b.mul(b, self._through_memory(key, read.at, read.of)))
+            rhs += [self.b.mul(b, self._from_write(key, read.at, w.into(read.of, self._rows()), w.value)) for w in known]
+            system.append(self.b.map(-operand(0) * operand(1), b, self._weights(key, read.at, out.into(read.of, self._rows()))))
+            if ones is not None:
+                ones.append(self.b.mul(b, self._through_memory(key, read.at, NORMALIZER)))
+                ones += [self.b.mul(b, self._from_write(key, read.at, w, w.one)) for w in known if w.one is not None]
         out.value = self.b.solve(self.b.add(*system), self.b.add(*rhs))
+        out.one = None if ones is None else self.b.solve(self.b.add(*system), self.b.add(*ones))
 
     def _query(self, query: Query, writes: list[_Written]) -> int:
-        key = self._key(query.key)
+        key = self._key(query.key, query.of)
         if self.matrix:
             return self._scan(query.at, writes, key)
         parts = [self._through_memory(key, query.at, query.of)]
-        for w in writes:
-            value = w.value if query.of == MEMORY else w.one
+        for w in (w.into(query.of, self._rows()) for w in writes):
+            value = w.one if query.of == NORMALIZER else w.value
             assert value is not None
             parts.append(self._from_write(key, query.at, w, value))
         return self.b.add(*parts)
@@ -259,6 +299,11 @@ class _Derivation:
 
     def _next(self, of: str, writes: list[_Written]) -> int:
         b, memory = self.b, self.memories
+        if of == COUNT:
+            return b.map(operand(0) - (self.c.block or 1) * operand(1), *self._counted())
+        if of.endswith("0"):  # of the next block, where this one is over
+            new = operand(0) * (1 - operand(1)) + operand(2) * operand(1)
+            return b.map(new, memory[of], self._counted()[1], self._next(of[:-1], writes))
         if self.matrix:
             return self._scan("", writes)
         if self.angle is not None:
@@ -268,10 +313,10 @@ class _Derivation:
         total = [memory[of]]
         if self.gk is not None:
             total.append(b.transpose(b.exp(b.sum(self.gk, axis=0))))
-        if self.gv is not None and of == MEMORY:
+        if self.gv is not None and of != NORMALIZER:
             total.append(b.exp(b.sum(self.gv, axis=0)))
         parts = [b.mul(*total)]
-        for w in writes:
+        for w in (w.into(of, self._rows()) for w in writes):
             value = w.one if of == NORMALIZER else self._to_end(w.value, self.gv)
             assert value is not None
             parts.append(b.matmul(self._to_end(w.key, self.gk), value, ta=True))
@@ -322,11 +367,11 @@ def _no_chunk_form(canonical: Canonical, what: str, way: str, part: str | None =
                                help=f"{way}; lsmc.reference runs it step by step")
 
 
-def outermost(expr: sympy.Expr) -> list[Sum]:
-    """The contractions in `expr` that stand in no other contraction, in a fixed order."""
-    if isinstance(expr, Sum):
+def outermost(expr: sympy.Expr) -> list[Inner]:
+    """What in `expr` is not elementwise and stands in nothing that is not, in a fixed order."""
+    if isinstance(expr, Inner):
         return [expr]
-    out: list[Sum] = []
+    out: list[Inner] = []
     for arg in expr.args:
         out += [n for n in outermost(arg) if n not in out]
     return out

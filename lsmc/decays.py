@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import sympy
 
@@ -26,7 +26,7 @@ from lsmc.errors import LsmDecayError, LsmDeclarationError, LsmDimsError, Where,
 from lsmc.expr import KV, MEMORIES, Dim, Field, show, show_dims
 from lsmc.expr import K as OVER_K
 from lsmc.expr import V as OVER_V
-from lsmc.terms import Memory, Term, as_term, matrix, scalar, vector
+from lsmc.terms import Memory, Per, Term, as_term, matrix, scalar, vector
 
 Default = Callable[[int], list[float]]
 """The values of a per-head input for HV heads, when the caller does not pass it."""
@@ -187,7 +187,7 @@ class Matrix(Decay):
 
     __slots__ = ()
 
-    def __init__(self, A: str | Term, *, per: Literal["token", "head"] = "token") -> None:
+    def __init__(self, A: str | Term, *, per: Per = "token") -> None:
         where = here()
         term = matrix(A, per=per) if isinstance(A, str) else _log_decay(A, where, "A")
         _need(term, (KV,), "Matrix", where)

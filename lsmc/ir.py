@@ -1,6 +1,7 @@
 """The typed intermediate representation that every stage below the declaration speaks.
 
-A *tile* is a matrix whose two dimensions carry names: `T` (the tokens of one chunk), `K` (key), `V` (value) or `1`.
+A *tile* is a matrix whose two dimensions carry names: `T` (the tokens of one chunk), `K` (key), `V` (value), `F` (the
+K·K pairs of keys) or `1`.
 A `Program` is one chunk's work: a list of single-assignment operations on tiles, named outputs, and *carries*, the
 tiles handed from one chunk to the next (forward in time, or backward for cotangents).
 
@@ -19,6 +20,9 @@ Operations, with rows i, j and columns d:
 | `map{expr}` | elementwise sympy expression of the operands x0, x1, …, broadcast along dimensions of size 1 |
 | `expand` | broadcast to the result's dimensions |
 | `transpose`, `matmul{ta,tb}` | linear algebra |
+| `rename` | the same numbers under another name of the columns, K for V or V for K |
+| `pairs` | rows over F of two with rows over K: x_a y_b at the pair (a, b); a product of two such is one of two products |
+| `pairs_grad{wrt}` | its partial derivative, from the cotangent and the other operand |
 | `sum{axis}` | sum over rows (axis 0) or columns (axis 1) |
 | `max{axis}` | the largest entry of each row, a shift that no result depends on: its cotangent is zero |
 | `cumsum{reverse,exclusive}` | running sum over the rows |
@@ -59,17 +63,19 @@ class LsmIRError(LsmError):
     """A program that is not well formed, or text that is no program; names the operation or the line."""
 
 
-DIMS = ("T", "K", "V", "1")
+DIMS = ("T", "K", "V", "F", "1")
 KINDS: dict[str, tuple[int, ...]] = {  # kind -> permitted operand counts
     "input": (0,), "map": tuple(range(17)), "expand": (1,), "transpose": (1,), "matmul": (2,), "sum": (1,), "max": (1,),
+    "pairs": (2,), "pairs_grad": (2,), "rename": (1,),
     "cumsum": (1,), "mask": (1,), "valid": (1,), "form": (3,), "form_gate": (4,), "between": (1,), "between_grad": (1,),
     "inverse": (1,), "scan": tuple(range(33)), "scan_grad": tuple(range(34)), "round": (1,), "diagonal": (1,),
 }
 _FLAG = (True, False)
 ATTRS: dict[str, dict[str, tuple[Any, ...]]] = {  # kind -> its attributes and their permitted values (any, if none is listed)
     "input": {"name": (), "role": ("token", "head", "carry")}, "map": {"expr": ()}, "matmul": {"ta": _FLAG, "tb": _FLAG},
-    "sum": {"axis": (0, 1)}, "max": {"axis": (0, 1)}, "cumsum": {"reverse": _FLAG, "exclusive": _FLAG},
-    "mask": {"strict": _FLAG}, "form": {"wrt": ("P", "X", "Y"), "strict": _FLAG, "before": _FLAG},
+    "pairs_grad": {"wrt": (0, 1)}, "sum": {"axis": (0, 1)}, "max": {"axis": (0, 1)},
+    "cumsum": {"reverse": _FLAG, "exclusive": _FLAG}, "mask": {"strict": _FLAG},
+    "form": {"wrt": ("P", "X", "Y"), "strict": _FLAG, "before": _FLAG},
     "form_gate": {"strict": _FLAG, "before": _FLAG}, "between": {"strict": _FLAG, "before": _FLAG},
     "between_grad": {"before": _FLAG}, "scan": {"log": (), "writes": (), "at": ("", "previous", "decayed", "updated")},
     "scan_grad": {"wrt": (), "log": (), "writes": (), "at": ("", "previous", "decayed", "updated")},
@@ -133,6 +139,12 @@ class Program:
     def inputs(self, *roles: str) -> Iterator[Op]:
         """The input operations, of the given roles (all without any)."""
         return (op for op in self.ops if op.kind == "input" and (not roles or op.attr("role") in roles))
+
+    @property
+    def counter(self) -> str | None:
+        """The memory of one number, if there is one: how many tokens of a block have been when a chunk begins. The valid
+        rows of a chunk lie in one block."""
+        return next((c.name for c in self.carries if self.index[c.inp].dims == ("1", "1") and not c.reverse), None)
 
     def ancestors(self, roots: Iterable[int], known: Iterable[int] = ()) -> list[Op]:
         """The operations needed for `roots` when the values `known` are given, in program order."""
@@ -207,7 +219,12 @@ class Builder:
 
     def matmul(self, a: int, b: int, ta: bool = False, tb: bool = False) -> int:
         da, db = self.dims(a), self.dims(b)
+        if self.ops[a].kind == self.ops[b].kind == "pairs" and tb and not ta:  # (x ⊗ y) · (u ⊗ w) = (x · u) (y · w)
+            return self.mul(*(self.matmul(x, u, tb=True) for x, u in zip(self.ops[a].args, self.ops[b].args, strict=True)))
         return self.emit("matmul", (da[1] if ta else da[0], db[0] if tb else db[1]), a, b, ta=ta, tb=tb)
+
+    def pairs(self, a: int, b: int) -> int:
+        return self.emit("pairs", (self.dims(a)[0], "F"), a, b)
 
     def sum(self, a: int, axis: int) -> int:
         r, c = self.dims(a)
@@ -226,6 +243,8 @@ class Builder:
         return self.emit("cumsum", self.dims(a), a, reverse=reverse, exclusive=exclusive)
 
     def valid(self, a: int) -> int:
+        if self.ops[a].kind == "pairs":  # so that it stays one
+            return self.pairs(*map(self.valid, self.ops[a].args))
         return self.emit("valid", self.dims(a), a)
 
     def mask(self, a: int, strict: bool) -> int:
@@ -306,6 +325,12 @@ def verify(program: Program) -> Program:
                 inner = a[0][0 if op.attr("ta") else 1], a[1][1 if op.attr("tb") else 0]
                 outer = a[0][1 if op.attr("ta") else 0], a[1][0 if op.attr("tb") else 1]
                 need(inner[0] == inner[1] and op.dims == outer, "matrix dimensions do not match")
+            case "rename":
+                need((a[0][0], {a[0][1], op.dims[1]}) == (op.dims[0], {"K", "V"}), "exchanges the columns K and V")
+            case "pairs":
+                need(a[0] == a[1] and a[0][1] == "K" and op.dims == (a[0][0], "F"), "maps two (·, K) tiles to one over pairs")
+            case "pairs_grad":
+                need(a == [(op.dims[0], "F"), op.dims] and op.dims[1] == "K", "maps a tile over pairs and one over K to one over K")
             case "sum" | "max":
                 want = ("1", a[0][1]) if op.attr("axis") == 0 else (a[0][0], "1")
                 need(op.dims == want, "result must lose the summed dimension")

@@ -18,6 +18,7 @@ from lsmc.adjoint import differentiate
 from lsmc.canonical import Canonical
 from lsmc.chunk import derive
 from lsmc.errors import LsmOptionError
+from lsmc.expr import Field
 from lsmc.factors import hoist
 from lsmc.ir import Program
 from lsmc.lowering.plan import Direction, Plan, able, ranking
@@ -64,10 +65,14 @@ def compile_plan(canonical: Canonical, options: Options, shape: Shape = TYPICAL)
         raise LsmOptionError(f"chunk={options.chunk}: chunk lengths are powers of two", help="use 16, 32, 64 or 128")
     if options.schedule is not None and options.schedule not in CUTS:
         raise LsmOptionError(f"schedule={options.schedule!r} is not known", help=f"one of {', '.join(CUTS)}")
-    chunk = derive(canonical, options.scale)
-    forward = _log("chunk", hoist(chunk))
-    backward = _log("backward", hoist(differentiate(chunk)))
-    target = able(options.target, chunk)
+    canonical = canonical.substitute({f: Field(f.name, f.dims, "head") for f in canonical.inputs if f.per == "layer"})
+    if canonical.block is not None:  # blocks are whole chunks, or parts of one
+        options = replace(options, chunk=min(options.chunk, canonical.block & -canonical.block))
+    shape = replace(shape, chunk=options.chunk)
+    program = derive(canonical, options.scale)
+    forward = _log("chunk", hoist(program))
+    backward = _log("backward", hoist(differentiate(program)))
+    target = able(options.target, program)
     cuts = tuple(CUTS[n] for n in CUTS if options.schedule in (None, n))
 
     def direction(program: Program, stage: str) -> Direction:

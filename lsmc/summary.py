@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lsmc.canonical import Canonical
+from lsmc.canonical import Canonical, bent
 from lsmc.chunk import derive
 from lsmc.errors import LsmNoChunkFormError, LsmNotAffineError
-from lsmc.expr import dims_of, inputs_of
+from lsmc.expr import Field, dims_of, inputs_of
 from lsmc.ir import Program
 
 
@@ -25,7 +25,7 @@ def summary(canonical: Canonical, backends: Callable[[Program], list[str]]) -> d
     form = bool(names)
     yes = {True: "yes", False: "no"}
     return {"method": canonical.name, "decay": decay(canonical), "update": update(canonical),
-            "state": " + ".join("·".join(f.dims) for f in canonical.states), "chunk form": yes[form],
+            "state": " + ".join(map(_size, canonical.states)), "chunk form": yes[form],
             "backends": " ".join(names) or "reference", "decode": yes[form], "packed": yes[form],
             "message": message(canonical) if form else ""}
 
@@ -36,22 +36,23 @@ def decay(canonical: Canonical) -> str:
     found = []
     for part in (canonical.decay_k, canonical.decay_v, canonical.decay_kv):
         if part is not None:
-            steady = all(f.per == "head" for f in inputs_of(part))
+            steady = all(f.per != "token" for f in inputs_of(part))
             found.append("constant " * steady + kinds[dims_of(part)])
     return " × ".join([*found, *["rotation"] * (canonical.phase is not None)]) or "none"
 
 
 def update(canonical: Canonical) -> str:
-    """How what is written depends on the memory: not at all, affinely or otherwise; through momentum or not."""
-    reads = {r.symbol for r in canonical.reads}
-    values = [w.value for w in canonical.writes]
-    bent = any(value.diff(s).free_symbols & reads for value in values for s in reads)
-    what = "nonlinear" if bent else "delta" if reads else "outer product"
-    return what + ", momentum" * (canonical.momentum is not None)
+    """How what is written depends on the memory: not at all, affinely or otherwise; at which; through momentum or not."""
+    reads = [r.symbol for r in canonical.reads]
+    what = "nonlinear" if any(bent(w.value, reads) for w in canonical.writes) else "delta" if reads else "outer product"
+    blocks = "" if canonical.block is None else ", token by token" if canonical.block == 1 else f", blocks of {canonical.block}"
+    return what + blocks + ", momentum" * (canonical.momentum is not None)
 
 
 def message(canonical: Canonical) -> str:
-    """The numbers of a rank's affine map: those of its linear part, then of its memories."""
+    """The numbers of a rank's affine map: those of its linear part, then of its memories; none where it is not affine."""
+    if canonical.block is not None:
+        return ""
     states = [f for f in canonical.states if f.name != "Z"]
     many = len(states)
     dims = {d for part in (canonical.decay_k, canonical.decay_v, canonical.decay_kv, canonical.phase) if part is not None
@@ -64,7 +65,11 @@ def message(canonical: Canonical) -> str:
         linear = f"{many}{dims.pop()}".removeprefix("1")
     else:
         linear = "1" if canonical.decays else ""
-    return " + ".join(filter(None, [linear, *("·".join(f.dims) for f in canonical.states)]))
+    return " + ".join(filter(None, [linear, *map(_size, canonical.states)]))
+
+
+def _size(state: Field) -> str:
+    return "·".join(state.dims).replace("F", "K·K") or "1"
 
 
 __all__ = ["decay", "message", "summary", "update"]

@@ -120,7 +120,7 @@ def _signs(decay: sympy.Expr, symbols: list[Any]) -> dict[str, int]:
     whose a is in (0, 1), as any strength is. Signs are tried from no restriction upwards, per-head inputs negative before
     per-token ones.
     """
-    symbols = sorted(symbols, key=lambda s: (s.per != "head", s.name))
+    symbols = sorted(symbols, key=lambda s: (s.per == "token", s.name))
     assumptions = {0: {"real": True}, -1: {"nonpositive": True}, +1: {"nonnegative": True}}
     choices = itertools.product((0, -1, +1), repeat=len(symbols))
     for signs in sorted(choices, key=lambda c: sum(map(abs, c))):
@@ -173,7 +173,7 @@ class LinearMixer(nn.Module):
     - other scalars are write strengths: ``sigmoid(x)``;
     - vector gates are projected through rank ``gate_rank``;
     - keys have unit length where the declaration reads its memory, so that a correction contracts;
-    - per-head inputs are parameters, or left out where the declaration has a default.
+    - per-head and per-layer inputs are parameters, or left out where the declaration has a default.
 
     Output: per-head RMSNorm, ``silu`` gate, projection.
     """
@@ -195,8 +195,8 @@ class LinearMixer(nn.Module):
         wide, scalars, low = {}, {}, {}
         self.constants = nn.ParameterDict()
         for i in self.inputs:
-            width = self.heads[i.heads] * math.prod(self.sizes[d] for d in i.dims)
-            if i.per == "head":
+            width = math.prod(self._shape(i))
+            if i.per != "token":
                 if i.name not in defaults:
                     self.constants[i.name] = nn.Parameter(torch.zeros(self._shape(i)))
             elif i.name in ("q", "k", "v"):
@@ -225,7 +225,7 @@ class LinearMixer(nn.Module):
         self.out = nn.Linear(math.prod(self.v_shape), config.hidden, bias=False)
 
     def _shape(self, i: Input) -> tuple[int, ...]:
-        return (self.heads[i.heads], *(self.sizes[d] for d in i.dims))
+        return (*(() if i.per == "layer" else (self.heads[i.heads],)), *(self.sizes[d] for d in i.dims))
 
     def _range(self, i: Input, x: Tensor) -> Tensor:
         """Bring a raw input into the range that the declaration needs."""

@@ -75,7 +75,7 @@ def role(op: LSM, symbol: Any) -> dict[str, Chain]:
         if next(i.sign for i in describe(op) if i.name == symbol.name) > 0:
             return {"softplus": lambda x, p: F.softplus(x), "square": lambda x, p: x.square()}
         return DECAYS if symbol.per == "token" else {"plain": lambda x, p: -x.square(), "-exp": lambda x, p: -x.exp()}
-    if symbol.per == "head":
+    if symbol.per != "token":
         return {"plain": FREE["plain"], "exp": lambda x, p: torch.exp(x) / 4}
     if c.normalizer:
         return {n: f for n, f in POSITIVE.items() if symbol.dims or n != "softmax"}

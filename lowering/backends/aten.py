@@ -48,7 +48,7 @@ class _TorchPrinter(StrPrinter):
         return repr(float(expr))
 
 
-_SIZE = {"1": 0, "T": 1, "K": 2, "V": 2}
+_SIZE = {"1": 0, "T": 1, "K": 2, "V": 2, "F": 3}
 
 
 def expression(expr: sympy.Expr, names: list[str], dims: list[Dims]) -> str:
@@ -113,13 +113,19 @@ class Compiled:
         start = next(iter(memories.values()))
         dtype, heads, device = start.dtype, start.shape[1], start.device
         tokens = next(inputs[op.attr("name")] for op in self.program.inputs("token"))
-        grid = (aten_tiles.Dense(tokens.shape[1], chunk, device) if cu_seqlens is None
-                else aten_tiles.Packed(tokens.shape[1], chunk, cu_seqlens))
+        lead = None
+        if self.program.counter is not None and chunk > 1:
+            lead = memories[self.program.counter][:, 0, 0, 0].round().long() % chunk  # all heads have seen as many tokens
+        grid = (aten_tiles.Packed(tokens.shape[1], chunk, cu_seqlens, lead) if cu_seqlens is not None
+                else aten_tiles.Dense(tokens.shape[1], chunk, device) if lead is None
+                else aten_tiles.Shifted(tokens.shape[1], chunk, lead))
         batch = tokens.shape[0]
         tiles: dict[str, Tensor] = {}
+        sizes = {"T": chunk, "1": 1}
         for op in self.program.inputs("token", "head"):
             x = inputs[op.attr("name")].to(dtype)
             x = x[..., None] if op.dims[1] == "1" else x
+            sizes[op.dims[1]] = x.shape[-1]
             if op.attr("role") == "head":
                 tiles[op.attr("name")] = x[None, None] if op.dims[0] == "K" else x[None, None, :, None, :]
                 continue
@@ -127,9 +133,9 @@ class Compiled:
                 x = x.repeat_interleave(heads // x.shape[2], dim=2)
             tiles[op.attr("name")] = grid.tile(x)
         unit = torch.ones((1,) * 5, dtype=dtype, device=device)
-        sizes = {"T": chunk, "1": 1}
         for carry in self.program.carries:
             sizes |= zip(self.program.index[carry.inp].dims, memories[carry.name].shape[-2:], strict=True)
+        sizes |= {"1": 1, "F": sizes["K"] ** 2} if "K" in sizes else {"1": 1}
 
         def full(x: Tensor) -> Tensor:
             return x.expand(grid.n, batch, heads, *x.shape[-2:])
@@ -157,8 +163,9 @@ def _emit(program: Program, schedule: Schedule) -> str:
         carries = tuple(carried[name] for name in kernel.carries)
         apart = [c for c in carries if not _scanned(program, c) and not any(c in _needed_by(program, d, carries) for d in carries)
                  and not _needed_by(program, c, carries)]
-        order += [(c, move(b, program, c)) for c in apart]
-        if bound := tuple(c for c in carries if c not in apart):
+        moves = {c: how for c in apart if (how := move(b, program, c)) is not None}
+        order += moves.items()
+        if bound := tuple(c for c in carries if c not in moves):
             order.append(bound)
         order += [results[name] for name in results if name in kernel.stores]
     whole = Program(program.name, tuple(b.ops), program.carries, program.outputs)
@@ -181,7 +188,7 @@ def _emit(program: Program, schedule: Schedule) -> str:
             starts = ", ".join(f"start[{c.name!r}]" for c in item)
             statements.append((targets, f"together([{', '.join(f'full(v{v})' for v in values)}], [{starts}], "
                                f"grid.{'reset_reverse' if item[0].reverse else 'reset_forward'}, {item[0].reverse}, "
-                               f"[size['T'], size['K'], size['V']], {steps!r})", values))
+                               f"[size.get(d, 1) for d in 'TKV'], {steps!r})", values))
             continue
         memory, how = item
         values = tuple(v for v in how.parts if v is not None)
@@ -271,6 +278,12 @@ def _source(op: Op, index: Mapping[int, Op]) -> str:
             return f"{a[0]}.mT"
         case "matmul":
             return f"{a[0]}{'.mT' * op.attr('ta')} @ {a[1]}{'.mT' * op.attr('tb')}"
+        case "rename":
+            return a[0]
+        case "pairs":
+            return f"({a[0]}[..., :, None] * {a[1]}[..., None, :]).flatten(-2)"
+        case "pairs_grad":
+            return f"({a[0]}.unflatten(-1, ({a[1]}.shape[-1],) * 2){'.mT' * op.attr('wrt')} @ {a[1]}[..., None]).squeeze(-1)"
         case "sum":
             return f"{a[0]}.sum({op.attr('axis') - 2}, keepdim=True)"
         case "max":

@@ -202,8 +202,9 @@ class Move:
         return self.scale, self.transition, self.constant, self.left, self.right, self.inner
 
 
-def move(b: Builder, program: Program, carry: Carry) -> Move:
-    """How `carry` moves, in values of `b`: through the value x of T rows that costs the fewest new products, if any.
+def move(b: Builder, program: Program, carry: Carry) -> Move | None:
+    """How `carry` moves, in values of `b`: through the value x of T rows that costs the fewest new products, if any; None
+    where it does not move affinely.
 
     A K×K transition would be a product per chunk to make and a larger one to apply; x is needed afterwards as well.
     """
@@ -217,7 +218,10 @@ def move(b: Builder, program: Program, carry: Carry) -> Move:
             if best is None or products < best[0]:
                 best = products, found, trial
     if best is None:
-        whole = affine.split(b, program, carry)
+        try:
+            whole = affine.split(b, program, carry)
+        except LsmIRError:
+            return None
         return Move(whole.scale, whole.transition, whole.constant)
     for op in best[2].ops[len(b.ops):]:
         b.emit(op.kind, op.dims, *op.args, **dict(op.attrs))
