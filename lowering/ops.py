@@ -68,7 +68,9 @@ def extents(plan: Plan, inputs: Sequence[Tensor], start: Sequence[Tensor] = ()) 
     like = inputs[0]
     for place, name, per_token, last in plan.reads:
         x = inputs[place]
-        if last != "1":
+        if last == "E":
+            dims |= {"K": x.shape[-2], "V": x.shape[-1]}
+        elif last != "1":
             dims[last] = x.shape[-1]
         if name not in ("q", "k") or heads is None:
             heads = x.shape[2 if per_token else 0]

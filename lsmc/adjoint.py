@@ -11,7 +11,7 @@ from collections import defaultdict
 
 import sympy
 
-from lsmc.ir import Builder, Carry, Op, Program, operand, prune, scanned, verify
+from lsmc.ir import Builder, Carry, Op, Program, Scanned, operand, prune, verify
 
 
 def differentiate(program: Program) -> Program:
@@ -84,7 +84,7 @@ def _pullback(b: Builder, op: Op, d: int) -> list[tuple[int, int]]:
             w = b.mul(d, op.id)
             return [(a[0], b.emit("between_grad", ("T", "1"), w, before=op.attr("before")))]
         case "scan":
-            rows = scanned(op)[3]
+            rows = Scanned.of(op).rows
             return [(x, b.emit("scan_grad", b.dims(x), *a, d, wrt=n, **dict(op.attrs))) for n, x in enumerate(a) if x != rows]
         case "form":  # linear in each of P, X, Y: swap the cotangent in, take the partial by the operand
             wrt, strict, before, g = op.attr("wrt"), op.attr("strict"), op.attr("before"), a[-1]

@@ -88,8 +88,8 @@ class Canonical:
 
     One step: reads from M_{s-1} or D(M_{s-1});  M_s = D(M_{s-1}) + Σ_w key_wᵀ value_w;  queries;  o =
     output (dims (V,)). D(M) = e^{decay_k + i phase} ⊙ M ⊙ e^{decay_v} ⊙ e^{decay_kv}; the parts are log decays with
-    dims () or (K,); (V,); (K, V), or None, and angles with dims () or (K,): M is complex then, and real parts are
-    read. With `momentum` (a log decay, dims ()) an accumulator P takes the writes: P_s = e^{momentum} P_{s-1} + Σ_w
+    dims () or (K,); (V,); (K, V), or None, and angles with dims (), (K,) or (K, V): M is complex then, and real parts
+    are read. With `momentum` (a log decay, dims ()) an accumulator P takes the writes: P_s = e^{momentum} P_{s-1} + Σ_w
     key_wᵀ value_w and M_s = D(M_{s-1}) + P_s. `inputs`: q, k, v (those that are used), then the decay's
     inputs, then the others, by name. `normalizer`: there is a second memory Z ∈ R^K, the same recurrence
     with v = 1 (its reads are scalars key · Z). With a `bias` there is a row Mb ∈ R^V beside M, the same recurrence with
@@ -135,6 +135,12 @@ class Canonical:
     def square(self) -> bool:
         """Whether K = V: some vector over one of them is taken for one over the other."""
         return any(expr.has(Over) for expr in (*self.keys, *(w.value for w in self.writes), self.output, *self.decays))
+
+    @property
+    def matrix(self) -> bool:
+        """Whether entries of the memory decay, or turn, each by a factor of its own."""
+        turns_along_v = self.phase is not None and (self.decay_v is not None or "V" in dims_of(self.phase))
+        return self.decay_kv is not None or turns_along_v
 
     @property
     def keys(self) -> tuple[sympy.Expr, ...]:

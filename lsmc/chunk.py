@@ -9,7 +9,7 @@ With g the log decay, e^{prefix g} the decay from the chunk's start and e^{suffi
 
 All exponents are sums of g over tokens between the two ends, so none is positive and none is a difference.
 
-A decay over (K, V) does not factor: its tokens go one after the other inside the chunk, in one operation.
+A decay over (K, V) does not factor, nor do angles: tokens go one after the other inside the chunk, in one operation.
 
 A rotation by the angles θ beside g multiplies what passes from token j to token i by cos Σθ and sin Σθ over (j, i], and
 cos(a − b) = cos a cos b + sin a sin b splits these into factors of x_i and y_j: two decay forms, and two memories, the
@@ -65,47 +65,43 @@ def derive(canonical: Canonical, scale: float = 1.0) -> Program:
 class _Derivation:
     def __init__(self, canonical: Canonical, scale: float) -> None:
         self.c, self.b = canonical, Builder()
-        if canonical.decay_kv is not None:
+        self.matrix = canonical.matrix
+        if self.matrix:
             self._check_matrix()
-        if canonical.reads and canonical.decay_v is not None:
+        if canonical.reads and canonical.decay_v is not None and canonical.block is None:
             raise _no_chunk_form(canonical, "a memory that decays along V is read by its own update",
                                  "decay along K, or drop the read")
         along = next((p for p in (canonical.decay_k, canonical.decay_v, canonical.phase) if p is not None and dims_of(p)), None)
         if canonical.momentum is not None and (along is not None or canonical.phase is not None):
             raise _no_chunk_form(canonical, f"momentum beside {show(along or canonical.phase)}, which varies along the memory",
                                  "decay by one number for each head: Scalar or Constant", "decay")
-        if canonical.phase is not None and canonical.decay_v is not None:
-            raise _no_chunk_form(canonical, "a memory that rotates decays along V", "decay along K", "decay")
         self.values: dict[sympy.Symbol, int] = {}
         for f in canonical.inputs:
             self.values[f] = self._input(f, scale)
-        self.matrix = canonical.decay_kv is not None
         self.gk = None if self.matrix else self._gate(canonical.decay_k)
         self.gv = None if self.matrix else self._gate(canonical.decay_v)
         self.momentum = self._gate(canonical.momentum)
         if self.momentum is not None and self.gk is None:
             self.gk = self.b.expand(self.b.map(sympy.Integer(0)), ("T", "1"))
         self.angle = None
-        if canonical.phase is not None:
+        if canonical.phase is not None and not self.matrix:
             self.angle = self.b.valid(self.b.expand(self.lower(canonical.phase), ("T", "K")))
         self.memories = {f.name: self.b.input(f.name, "carry", f.tile) for f in canonical.states}
 
     def _check_matrix(self) -> None:
         """A decay over (K, V) goes token by token inside a chunk: it needs no factors, but nothing may read in between."""
         c = self.c
-        wide = [f for f in c.inputs if len(f.dims) == 2 and f.per == "token"]
-        if wide:
-            raise _no_chunk_form(c, f"the matrix {wide[0]} of every token does not factor over K and V",
-                                 "make it of vectors and per-head matrices, such as vector('dt', over='V') * matrix('A', "
-                                 "per='head'), or use Vector('a') * Vector('b', over='V')", "decay")
-        for part, what in ((c.reads, "is read by its own update"), (c.phase, "rotates"), (c.momentum, "has momentum")):
+        for part, what in ((c.reads and c.block is None, "is read by its own update"), (c.momentum, "has momentum")):
             if part:
                 raise _no_chunk_form(c, f"a memory that decays along K and V together {what}", "decay along K", "decay")
 
     def _input(self, f: Field, scale: float) -> int:
         role = "token" if f.per == "token" else "head"
         if len(f.dims) == 2:
-            return self.b.input(f.name, role, ("K", "V"))
+            outside = (*self.c.keys, *(w.value for w in self.c.writes), self.c.output)
+            if role == "token" and any(f in expr.free_symbols for expr in outside):
+                raise _no_chunk_form(self.c, f"the matrix {f} of every token stands outside of the decay", "use vectors there")
+            return self.b.input(f.name, role, ("T", "E") if role == "token" else ("K", "V"))
         last = f.dims[0] if f.dims else "1"
         tile = self.b.input(f.name, role, ("T" if f.per == "token" else "1", last))
         return self.b.map(operand(0) * number(scale), tile) if f.name == "q" and scale != 1.0 else tile
@@ -118,18 +114,19 @@ class _Derivation:
 
     def lower(self, expr: sympy.Expr, dims: Dims | None = None) -> int:
         """An elementwise expression with contractions (`Sum`) over inputs and earlier values, as tiles."""
-        tile = self.b.map(*self._of_tiles(expr))
+        (expr,), tiles = self._of_tiles(expr)
+        tile = self.b.map(expr, *tiles)
         return tile if dims is None else self.b.expand(tile, dims)
 
-    def _of_tiles(self, expr: sympy.Expr) -> tuple[sympy.Expr, *tuple[int, ...]]:
-        """An expression as a function of operands, and the tiles that these are."""
-        expr = sympy.sympify(expr)
-        inner = {s: self._reduce(s) for s in outermost(expr)}
+    def _of_tiles(self, *exprs: sympy.Expr) -> tuple[list[sympy.Expr], list[int]]:
+        """Expressions as functions of operands, and the tiles that these are."""
+        whole = sympy.Tuple(*exprs)
+        inner = {s: self._reduce(s) for s in outermost(whole)}
         stand_in = {s: sympy.Dummy(real=True) for s in inner}
-        expr = expr.xreplace(stand_in)
+        whole = whole.xreplace(stand_in)
         known = {**self.values, **{stand_in[s]: i for s, i in inner.items()}}
-        used = sorted(expr.free_symbols, key=lambda s: known[s])
-        return expr.xreplace({s: operand(n) for n, s in enumerate(used)}), *(known[s] for s in used)
+        used = sorted(whole.free_symbols, key=lambda s: known[s])
+        return list(whole.xreplace({s: operand(n) for n, s in enumerate(used)})), [known[s] for s in used]
 
     def _reduce(self, node: Inner) -> int:
         """Pairs, a vector over another dim, or a contraction over one: what does not vary over it counts once per element."""
@@ -172,13 +169,13 @@ class _Derivation:
         return self.b.emit("between", ("T", "T"), self.momentum, strict=False, before=False)
 
     def _scan(self, at: str, writes: list[_Written], query: int | None = None) -> int:
-        """What a query finds at every token, or the memory after the chunk, under a decay over (K, V)."""
-        log, *fields = self._of_tiles(sympy.Add(*self.c.decays))
-        rows = self._rows()
+        """What a query finds at every token, or a part of the memory after the chunk, under a decay over (K, V)."""
+        (log, phase), fields = self._of_tiles(sympy.Add(*self.c.decays), sympy.sympify(self.c.phase or 0))
         pairs = [i for w in writes for i in (w.key, w.value)]
         first = [] if query is None else [query]
-        return self.b.emit("scan", ("K", "V") if query is None else ("T", "V"), *first, *pairs, self.memories[MEMORY], rows,
-                           *fields, log=log, writes=len(writes), at=at)
+        memory = [self.memories[of] for of in (MEMORY, IMAGINARY) if of in self.memories]
+        return self.b.emit("scan", ("K", "V") if query is None else ("T", "V"), *first, *pairs, *memory, self._rows(),
+                           *fields, log=log, phase=phase, writes=len(writes), at=at)
 
     # -- reads and writes ---------------------------------------------------------------------------------------------
 
@@ -305,7 +302,7 @@ class _Derivation:
             new = operand(0) * (1 - operand(1)) + operand(2) * operand(1)
             return b.map(new, memory[of], self._counted()[1], self._next(of[:-1], writes))
         if self.matrix:
-            return self._scan("", writes)
+            return self._scan("imaginary" if of == IMAGINARY else "real", writes)
         if self.angle is not None:
             return self._next_turned(of, writes)
         if self.momentum is not None:

@@ -35,7 +35,7 @@ Default = Callable[[int], list[float]]
 class Decay:
     """A log decay in up to four parts: D(M) = e^{k + i phase} ⊙ M ⊙ e^{v} ⊙ e^{kv}, each part None when absent.
 
-    log_k    dims () or (K,)    log_v   dims (V,)    log_kv   dims (K, V)    phase   dims () or (K,)
+    log_k    dims () or (K,)    log_v   dims (V,)    log_kv   dims (K, V)    phase   dims (), (K,) or (K, V)
     defaults   per-head inputs that a call may omit, as functions of the number of heads
     """
 
@@ -195,11 +195,12 @@ class Matrix(Decay):
 
 
 class Rotation(Decay):
-    """D(M) = diag(e^{iθ}) M with angles θ (B, T, HV, K): entries of a complex memory turn, each by a phase of its own.
+    """D(M) = diag(e^{iθ}) M with angles θ (B, T, HV, K): rows of a complex memory turn, each by a phase of its own; or, with
+    angles over (K, V), entries.
 
     Beside a log decay g, ``Vector("g") * Rotation("theta")``, a step multiplies by e^{g + iθ}. What is written is real,
     and what is read is the real part: q @ M is Re(q M). The state is the pair (real part, imaginary part).
-    `theta` is the name of an input or an expression with dims (K,) or ().
+    `theta` is the name of an input or an expression with dims (K,), () or (K, V).
     """
 
     __slots__ = ()
@@ -207,7 +208,7 @@ class Rotation(Decay):
     def __init__(self, theta: str | Term) -> None:
         where = here()
         term = vector(theta) if isinstance(theta, str) else _log_decay(theta, where, "theta")
-        _need(term, (frozenset(), OVER_K), "Rotation", where)
+        _need(term, (frozenset(), OVER_K, KV), "Rotation", where)
         super().__init__(phase=term.expr, where=where)
 
 

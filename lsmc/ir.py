@@ -1,7 +1,7 @@
 """The typed intermediate representation that every stage below the declaration speaks.
 
 A *tile* is a matrix whose two dimensions carry names: `T` (the tokens of one chunk), `K` (key), `V` (value), `F` (the
-K·K pairs of keys) or `1`.
+K·K pairs of keys), `E` (the K·V entries of a memory) or `1`.
 A `Program` is one chunk's work: a list of single-assignment operations on tiles, named outputs, and *carries*, the
 tiles handed from one chunk to the next (forward in time, or backward for cotangents).
 
@@ -32,7 +32,7 @@ Operations, with rows i, j and columns d:
 | `between{strict,before}` | D_ij = exp(sum of g over (j, i]), masked; `before` leaves out g_i: (j, i) |
 | `between_grad{before}` | its transpose: dg_l = sum of W_ij over the pairs whose interval holds l |
 | `inverse` | (I + L)⁻¹ for strictly lower L |
-| `scan{log,writes,at}` | q · M_i at every token, M_i = e^{log} ⊙ M_{i−1} + Σ kᵀv over (K, V); without `at` M after the chunk |
+| `scan{log,phase,writes,at}` | q · Re M_i at every token of M_i = e^{log + i phase} ⊙ M_{i−1} + Σ kᵀv, or a part of the last M |
 | `scan_grad{wrt,…}` | its partial derivatives: the operands of `scan`, then the cotangent |
 | `round` | the value as the operand of a product holds it, where that has fewer digits; only backends make it |
 | `diagonal` | that of a (T, T) tile, as a (T, 1) column; only backends make it |
@@ -63,7 +63,7 @@ class LsmIRError(LsmError):
     """A program that is not well formed, or text that is no program; names the operation or the line."""
 
 
-DIMS = ("T", "K", "V", "F", "1")
+DIMS = ("T", "K", "V", "F", "E", "1")
 KINDS: dict[str, tuple[int, ...]] = {  # kind -> permitted operand counts
     "input": (0,), "map": tuple(range(17)), "expand": (1,), "transpose": (1,), "matmul": (2,), "sum": (1,), "max": (1,),
     "pairs": (2,), "pairs_grad": (2,), "rename": (1,),
@@ -71,14 +71,16 @@ KINDS: dict[str, tuple[int, ...]] = {  # kind -> permitted operand counts
     "inverse": (1,), "scan": tuple(range(33)), "scan_grad": tuple(range(34)), "round": (1,), "diagonal": (1,),
 }
 _FLAG = (True, False)
+READ_AT, PARTS = ("previous", "decayed", "updated"), ("real", "imaginary")
+"""Which memory a query of a scan reads; which part of the last one a scan gives that has no query."""
 ATTRS: dict[str, dict[str, tuple[Any, ...]]] = {  # kind -> its attributes and their permitted values (any, if none is listed)
     "input": {"name": (), "role": ("token", "head", "carry")}, "map": {"expr": ()}, "matmul": {"ta": _FLAG, "tb": _FLAG},
     "pairs_grad": {"wrt": (0, 1)}, "sum": {"axis": (0, 1)}, "max": {"axis": (0, 1)},
     "cumsum": {"reverse": _FLAG, "exclusive": _FLAG}, "mask": {"strict": _FLAG},
     "form": {"wrt": ("P", "X", "Y"), "strict": _FLAG, "before": _FLAG},
     "form_gate": {"strict": _FLAG, "before": _FLAG}, "between": {"strict": _FLAG, "before": _FLAG},
-    "between_grad": {"before": _FLAG}, "scan": {"log": (), "writes": (), "at": ("", "previous", "decayed", "updated")},
-    "scan_grad": {"wrt": (), "log": (), "writes": (), "at": ("", "previous", "decayed", "updated")},
+    "between_grad": {"before": _FLAG}, "scan": {"log": (), "phase": (), "writes": (), "at": (*READ_AT, *PARTS)},
+    "scan_grad": {"wrt": (), "log": (), "phase": (), "writes": (), "at": (*READ_AT, *PARTS)},
 }
 
 
@@ -347,10 +349,12 @@ def verify(program: Program) -> Program:
             case "between_grad":
                 need(a[0] == ("T", "T") and op.dims == ("T", "1"), "maps (T, T) to (T, 1)")
             case "scan" | "scan_grad":
-                pairs = [("T", "K"), ("T", "V")] * op.attr("writes")
-                wanted = [("T", "K")] * bool(op.attr("at")) + [*pairs, ("K", "V"), ("T", "1")]
-                result = ("T", "V") if op.attr("at") else ("K", "V")
-                need(a[: len(wanted)] == wanted, "operands are a query (with `at`), keys and values, the memory, which rows are")
+                reads, pairs = op.attr("at") in READ_AT, [("T", "K"), ("T", "V")] * op.attr("writes")
+                memory = [("K", "V")] * (1 if op.attr("phase") == 0 else 2)
+                wanted = [("T", "K")] * reads + [*pairs, *memory, ("T", "1")]
+                result = ("T", "V") if reads else ("K", "V")
+                need(a[: len(wanted)] == wanted, "operands are a query (if it reads), keys and values, the memory, "
+                     "its imaginary part (if it turns), which rows are")
                 need(op.kind == "scan" or a[-1] == result, "the last operand is the cotangent")
                 need(op.dims == (result if op.kind == "scan" else a[op.attr("wrt")]), "result has the wrong dimensions")
             case "form" | "form_gate":
@@ -390,12 +394,25 @@ def prune(program: Program) -> Program:
     return Program(program.name, ops, carries, tuple((n, new[i]) for n, i in program.outputs))
 
 
-def scanned(op: Op) -> tuple[int | None, tuple[int, ...], int, int, tuple[int, ...]]:
-    """The operands of a `scan`: the query, keys and values in turn, the memory, which rows there are, what `log` is of."""
-    first = int(bool(op.attr("at")))
-    last = first + 2 * op.attr("writes")
-    fields = op.args[last + 2 : len(op.args) - (op.kind != "scan")]
-    return op.args[0] if first else None, op.args[first:last], op.args[last], op.args[last + 1], fields
+@dataclass(frozen=True)
+class Scanned:
+    """The operands of a `scan`: the query, keys and values in turn, the memory and its imaginary part, which rows there are,
+    what `log` and `phase` are of."""
+
+    query: int | None
+    pairs: tuple[int, ...]
+    memory: int
+    imaginary: int | None
+    rows: int
+    fields: tuple[int, ...]
+
+    @classmethod
+    def of(cls, op: Op) -> Scanned:
+        first, two = int(op.attr("at") in READ_AT), int(op.attr("phase") != 0)
+        last = first + 2 * op.attr("writes")
+        fields = op.args[last + 2 + two : len(op.args) - (op.kind != "scan")]
+        return cls(op.args[0] if first else None, op.args[first:last], op.args[last], op.args[last + 1] if two else None,
+                   op.args[last + 1 + two], fields)
 
 
 _OP = re.compile(r"%(\d+): \((\w),(\w)\) = (\w+)\(((?:%\d+(?:, ?%\d+)*)?)\)(?:\{(.*)\})?$")
@@ -433,7 +450,7 @@ def _parse_attrs(text: str, line: str) -> tuple[tuple[str, Any], ...]:
         if not m:
             raise LsmIRError(f"cannot read the attribute {part!r} in\n    {line}")
         value: Any = {"True": True, "False": False}.get(m[2], int(m[2]) if m[2].isdigit() else m[2])
-        out.append((m[1], parse_expr(m[2], line) if m[1] == "log" else value))
+        out.append((m[1], parse_expr(m[2], line) if m[1] in ("log", "phase") else value))
     return tuple(out)
 
 

@@ -185,7 +185,7 @@ class reference:
             at[name]["updated"] = _real(memory[name])
         if c.block is not None and "Mt" in memory:
             over = memory["Mt"] > c.block - 1.5
-            memory |= {f"{name}0": torch.where(over, memory[name], start[name]) for name in rows}
+            memory |= {f"{name}0": torch.where(over, at[name]["updated"], start[name]) for name in rows}
             memory["Mt"] = memory["Mt"] + torch.where(over, 1.0 - c.block, 1.0)
         return memory, at
 

@@ -59,8 +59,8 @@ def message(canonical: Canonical) -> str:
             for d in dims_of(part)}
     if canonical.reads:
         linear = "K·K" if many == 1 else f"{many}K·{many}K"
-    elif canonical.decay_kv is not None or dims == {"K", "V"}:
-        linear = "K·V" if canonical.decay_kv is not None else "K + V"
+    elif canonical.matrix or dims == {"K", "V"}:
+        linear = f"{many}K·V".removeprefix("1") if canonical.matrix else "K + V"
     elif dims:
         linear = f"{many}{dims.pop()}".removeprefix("1")
     else:

@@ -138,6 +138,7 @@ def describe(declaration: Any) -> list[Input]:
     """What each input of the declaration is for, read off its canonical form."""
     canonical = canonical_of(declaration)
     signs: dict[str, int] = {}
+    factors: set[str] = set()  # in decays, of numbers in (0, 1)
     fields = {field.name: field for field in canonical.inputs}
     for part in ("decay_k", "decay_v", "decay_kv"):
         decay = getattr(canonical, part, None)
@@ -145,6 +146,7 @@ def describe(declaration: Any) -> list[Input]:
             decay = sympy.sympify(decay)
             symbols = [fields[name] for name in sorted({s.name for s in decay.free_symbols} & set(fields))]
             signs |= _signs(decay, symbols)
+            factors |= {s.name for s in symbols} - set(signs)
     described = []
     for field in canonical.inputs:
         dims = tuple(field.dims)
@@ -152,6 +154,8 @@ def describe(declaration: Any) -> list[Input]:
             role = "decay"
         elif field.name == "v":
             role = "value"
+        elif field.name in factors:
+            role = "strength"
         elif dims == ("K",) and field.per == "token":
             role = "key"
         elif dims == () and field.per == "token":

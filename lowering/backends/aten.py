@@ -17,7 +17,7 @@ from sympy.printing.str import StrPrinter
 from torch import Tensor
 
 from lsmc.functions import FUNCTIONS
-from lsmc.ir import Builder, Carry, Dims, Op, Program, operand, scanned
+from lsmc.ir import Builder, Carry, Dims, Op, Program, Scanned, operand
 from lsmc.lowering.backends import aten_carry, aten_scan, aten_tiles
 from lsmc.lowering.backends.aten_rewrites import Move, move, rewrite
 from lsmc.schedules import Schedule
@@ -48,7 +48,7 @@ class _TorchPrinter(StrPrinter):
         return repr(float(expr))
 
 
-_SIZE = {"1": 0, "T": 1, "K": 2, "V": 2, "F": 3}
+_SIZE = {"1": 0, "T": 1, "K": 2, "V": 2, "F": 3, "E": 3}
 
 
 def expression(expr: sympy.Expr, names: list[str], dims: list[Dims]) -> str:
@@ -125,7 +125,8 @@ class Compiled:
         for op in self.program.inputs("token", "head"):
             x = inputs[op.attr("name")].to(dtype)
             x = x[..., None] if op.dims[1] == "1" else x
-            sizes[op.dims[1]] = x.shape[-1]
+            sizes |= {"K": x.shape[-2], "V": x.shape[-1]} if op.dims[1] == "E" else {op.dims[1]: x.shape[-1]}
+            x = x.flatten(-2) if op.dims[1] == "E" else x
             if op.attr("role") == "head":
                 tiles[op.attr("name")] = x[None, None] if op.dims[0] == "K" else x[None, None, :, None, :]
                 continue
@@ -249,19 +250,22 @@ def _step(program: Program, carries: tuple[Carry, ...], done: set[int]) -> tuple
 
 
 def _scan_source(op: Op, index: Mapping[int, Op]) -> str:
-    query, pairs, memory, rows, fields = scanned(op)
-    dims = [index[i].dims for i in fields]
-    names = [f"x{n}" for n in range(len(fields))]
+    of = Scanned.of(op)
+    dims = [index[i].dims for i in of.fields]
+    names = [f"x{n}" for n in range(len(of.fields))]
 
     def function(expr: sympy.Expr) -> str:
-        return f"lambda {', '.join(names)}: {expression(expr, names, dims)}"
+        return f"lambda {', '.join(names)}: {expression(expr, names, dims)}" if expr != 0 else ""
 
-    log = op.attr("log")
-    args = ["None" if query is None else f"v{query}", f"[{', '.join(f'v{i}' for i in pairs)}]", f"v{memory}", f"v{rows}",
-            f"[{', '.join(f'v{i}' for i in fields)}]", *([f"v{op.args[-1]}"] if op.kind == "scan_grads" else []),
-            repr(op.attr("at")), repr(" ".join("".join(d) for d in dims)), repr(function(log))]
+    def value(i: int | None) -> str:
+        return "None" if i is None else f"v{i}"
+
+    logs = [op.attr("log"), op.attr("phase")]
+    args = [value(of.query), f"[{', '.join(map(value, of.pairs))}]", value(of.memory), value(of.imaginary), value(of.rows),
+            f"[{', '.join(map(value, of.fields))}]", *([value(op.args[-1])] if op.kind == "scan_grads" else []),
+            repr(op.attr("at")), repr(" ".join("".join(d) for d in dims)), repr("\n".join(map(function, logs)))]
     if op.kind == "scan_grads":
-        args.append(repr("\n".join(function(sympy.diff(log, operand(n))) for n in range(len(fields)))))
+        args.append(repr("\n".join(function(sympy.diff(log, operand(n))) for log in logs for n in range(len(of.fields)))))
     return f"{op.kind}({', '.join(args)})"
 
 

@@ -12,7 +12,7 @@ import sympy
 
 from lsmc import affine
 from lsmc.affine import Affine
-from lsmc.ir import Builder, Carry, Dims, LsmIRError, Op, Program, operand, scanned
+from lsmc.ir import Builder, Carry, Dims, LsmIRError, Op, Program, Scanned, operand
 
 Factor = tuple[int, bool]
 """A matrix and whether it is transposed."""
@@ -141,7 +141,7 @@ def rewrite(program: Program) -> Program:
             place = op.attr("wrt")
             attrs = {key: value for key, value in op.attrs if key != "wrt"}
             everything = b.emit("scan_grads", ("1", "1"), *args, **attrs)
-            rows = scanned(op)[3]
+            rows = Scanned.of(op).rows
             new[op.id] = b.emit("item", op.dims, everything, place=place - (place > op.args.index(rows)))
         elif op.kind == "between" and op.attr("strict"):
             both = b.emit("between", op.dims, *args, strict=False, before=op.attr("before"))

@@ -34,7 +34,7 @@ class Shape:
 
     @property
     def extent(self) -> dict[str, int]:
-        return {"T": self.chunk, "K": self.key, "V": self.value, "F": self.key**2, "1": 1}
+        return {"T": self.chunk, "K": self.key, "V": self.value, "F": self.key**2, "E": self.key * self.value, "1": 1}
 
 
 @dataclass(frozen=True)

@@ -245,6 +245,11 @@ def s4(memory, v, b, c, dt, A, D):
     return memory, c @ memory + D * v
 
 
+def s4_complex(memory, v, b, c, dt, A, D, omega):
+    memory = torch.exp(dt * torch.complex(A, omega)) * torch.complex(*memory) + dt * torch.outer(b, v)
+    return (memory.real, memory.imag), (c.to(memory.dtype) @ memory).real + D * v
+
+
 def mamba(memory, q, k, v, dt, A, D):
     return s4(memory, v, k, q, dt, A, D)
 
@@ -276,6 +281,7 @@ BY_HAND: list[tuple[LSM, Callable[..., tuple[Tensor, Tensor]]]] = [
     (lsmc.zoo.gateloop, gateloop),
     (lsmc.zoo.rebased, rebased),
     (lsmc.zoo.s4, s4),
+    (lsmc.zoo.s4_complex, s4_complex),
     (lsmc.zoo.mamba, mamba),
     (lsmc.zoo.deltanet, deltanet),
     (lsmc.zoo.mamba2, skip),
@@ -283,7 +289,7 @@ BY_HAND: list[tuple[LSM, Callable[..., tuple[Tensor, Tensor]]]] = [
         LSM("delta", recurrence=(eye - scalar("beta") * outer(k, k)) @ M + scalar("beta") * outer(k, v)),
         deltanet,
     ),
-    (LSM("full", decay=Matrix(lsmc.log(matrix("A"))), update=outer(k, v)), full),
+    (lsmc.zoo.gfw_full, full),
     (
         LSM(
             "skip",

@@ -19,7 +19,7 @@ from lsmc.canonical import Canonical
 from lsmc.chunk import derive
 from lsmc.factors import hoist
 from lsmc.inputs import Sizes
-from lsmc.ir import ATTRS, KINDS, Dims, LsmIRError, Op, Program, operand, parse
+from lsmc.ir import ATTRS, KINDS, Dims, LsmIRError, Op, Program, Scanned, operand, parse
 from lsmc.reference import _Evaluator
 from tests.declarations import Drawn, declarations
 
@@ -34,12 +34,13 @@ def programs(canonical: Canonical) -> list[Program]:
 
 # --- an interpreter of one chunk, by the table of `lsmc.ir`
 
-C, SIZE = 6, {"T": 6, "K": 3, "V": 3, "F": 9, "1": 1}
+C, SIZE = 6, {"T": 6, "K": 3, "V": 3, "F": 9, "E": 9, "1": 1}
 
 
 def draw(op: Op, forward: Program) -> Tensor:
     """An input tile: small, and negative, so that it may be a log decay, unless a logarithm is taken of it."""
     logs = {a for o in forward.ops if o.kind == "map" and type(o.attr("expr")).__name__ == "log" for a in o.args}
+    logs |= {Scanned.of(o).fields[0] for o in forward.ops if o.kind == "scan" and type(o.attr("log")).__name__ == "log"}
     return (1 if op.id in logs else -1) * torch.rand(SIZE[op.dims[0]], SIZE[op.dims[1]], dtype=torch.float64)
 
 
@@ -110,19 +111,25 @@ def evaluate(op: Op, a: list[Tensor], dims: list[Dims]) -> Tensor:
 
 
 def scan(op: Op, a: list[Tensor], dims: list[Dims]) -> Tensor:
-    """Token by token; operands of `log` with rows T give their row, as a column where it runs over K."""
-    at, pairs = op.attr("at"), a[bool(op.attr("at")) :][: 2 * op.attr("writes")]
-    memory, fields = a[bool(at) + len(pairs)], a[bool(at) + len(pairs) + 2 :]
+    """Token by token; operands of `log` and `phase` with rows T give their row, as a column where it runs over K."""
+    at, of, values = op.attr("at"), Scanned.of(op), dict(zip(op.args, zip(a, dims)))
+    query, pairs = of.query is not None, [values[i][0] for i in of.pairs]
+    memory, fields = values[of.memory][0], [values[i] for i in of.fields]
+    memory = memory if of.imaginary is None else torch.complex(memory, values[of.imaginary][0])
     read = []
     for i in range(C):
-        seen = [x if of[0] != "T" else x[i][:, None] if of[1] == "K" else x[i][None] for x, of in zip(fields, dims[bool(at) + len(pairs) + 2 :])]
-        values = {operand(n): x for n, x in enumerate(seen)}
-        log = _Evaluator(values, Sizes(1, 1, 1, 1, SIZE["K"], SIZE["V"], 1), torch.float64, memory.device)(op.attr("log"))  # type: ignore[arg-type]
-        decayed = log.exp() * memory
+        seen = [x if d[0] != "T" else x[i].view(SIZE["K"], -1) if d[1] == "E" else x[i][:, None] if d[1] == "K" else x[i][None]
+                for x, d in fields]  # fmt: skip
+        known = _Evaluator({operand(n): x for n, x in enumerate(seen)}, Sizes(1, 1, 1, 1, 3, 3, 1), torch.float64, memory.device)  # type: ignore[misc]
+        factor = known(op.attr("log")).exp()
+        if of.imaginary is not None:
+            factor = factor * torch.complex(known(op.attr("phase")).cos(), known(op.attr("phase")).sin())
+        decayed = factor * memory
         updated = decayed + sum(k[i][:, None] * v[i] for k, v in zip(pairs[::2], pairs[1::2], strict=True))
-        read.append(a[0][i] @ {"previous": memory, "decayed": decayed}.get(at, updated))
+        if query:
+            read.append(a[0][i] @ torch.real({"previous": memory, "decayed": decayed}.get(at, updated)))
         memory = updated
-    return torch.stack(read) if at else memory
+    return torch.stack(read) if query else memory.imag if at == "imaginary" else torch.real(memory)
 
 
 def run(program: Program, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -242,9 +249,10 @@ MALFORMED: dict[str, str] = {
     "%6: (T,K) = pairs_grad(%0, %0){wrt=0}": "a tile over pairs",
     "%6: (T,K) = round(%0, %0)": "takes (1,) operands",
     "%6: (T,1) = diagonal(%0, %0)": "takes (1,) operands",
-    "%6: (T,V) = scan(%0, %1, %3, %2){log=x0, writes=1, at=updated}": "operands are a query",
-    "%6: (T,K) = scan(%0, %1, %3, %2){log=x0, writes=1, at=}": "result has the wrong dimensions",
-    "%6: (K,V) = scan_grad(%0, %1, %3, %2, %1){wrt=2, log=x0, writes=1, at=}": "the cotangent",
+    "%6: (T,V) = scan(%0, %1, %3, %2){log=x0, phase=0, writes=1, at=updated}": "operands are a query",
+    "%6: (K,V) = scan(%0, %1, %3, %2){log=x0, phase=x0, writes=1, at=imaginary}": "its imaginary part",
+    "%6: (T,K) = scan(%0, %1, %3, %2){log=x0, phase=0, writes=1, at=real}": "result has the wrong dimensions",
+    "%6: (K,V) = scan_grad(%0, %1, %3, %2, %1){wrt=2, log=x0, phase=0, writes=1, at=real}": "the cotangent",
     "carry M: %3 -> %0": "changes its dimensions",
     "carry M: %3 -> %9": "not defined",
     "carry q: %0 -> %0": "role=carry",
