@@ -21,7 +21,7 @@ Decay = Callable[..., Tensor]
 @cache
 def _function(source: str) -> Decay | None:
     """A decay or an angle as a function of the fields; None where it is zero."""
-    return eval(source, {"torch": torch}) if source else None
+    return eval(source, {"torch": torch, "unit": 1.0}) if source else None
 
 
 def _at(x: Tensor, dims: str, i: int, keys: int) -> Tensor:
@@ -60,8 +60,8 @@ class _Chunk:
 
     def factor(self, i: int) -> Tensor:
         seen, there = self.seen(i), self.there(i)
-        log, phase = (torch.zeros_like(self.present[..., :1, :]) if f is None else torch.where(there, f(*seen), 0.0)
-                      for f in (self.log, self.phase))
+        log, phase = (torch.where(there, 0.0 if f is None else f(*seen), 0.0).to(self.present.dtype)
+                      for f in (self.log, self.phase))  # fmt: skip
         return log.exp() if self.phase is None else torch.polar(*torch.broadcast_tensors(log.exp(), phase))
 
     def write(self, decayed: Tensor, i: int) -> Tensor:

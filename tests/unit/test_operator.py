@@ -287,6 +287,15 @@ def test_schedule_and_chunk_length_are_free_choices(op: LSM) -> None:
         assert max(map(ratio, both(op, drawn, chunk=chunk, schedule=schedule), wanted)) < 1e-10
 
 
+def test_a_normaliser_is_corrected_by_what_it_reads_of_itself() -> None:
+    """As the memory of v = 1, under a delta rule beside another write."""
+    phi = lsmc.elu(k) + 1
+    delta = lsmc.scalar("beta") * outer(phi, lsmc.v - phi @ M.decayed)
+    op = LSM("m", decay=Vector("g"), update=delta + outer(lsmc.exp(k), lsmc.v), readout=(q @ M) / (q @ M.normalizer + 100))
+    drawn = sample(op, Case(time=21, groups=2, key_dim=3, value_dim=2, initial_state=True))
+    assert max(map(ratio, both(op, drawn, chunk=8), both(reference(op), drawn))) < 1e-10
+
+
 def test_omitted_inputs_take_their_defaults() -> None:
     op = lsmc.zoo.retnet
     drawn = sample(op, Case(time=9, heads=2, groups=2, key_dim=3, value_dim=2, defaults=True))
