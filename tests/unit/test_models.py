@@ -111,6 +111,14 @@ def test_every_parameter_learns(method: Any) -> None:
         assert parameter.grad.any(), name
 
 
+@pytest.mark.parametrize("method", [m.name for m in zoo.METHODS if any(f.per != "token" for f in m.inputs)])
+def test_constants_learn_from_where_they_start(method: str) -> None:
+    model = HybridMoE(dataclasses.replace(SMALL, lsm=method, value_dim=SMALL.head_dim)).double()
+    model(torch.randint(0, 31, (2, 33)), torch.randint(0, 31, (2, 33))).total.backward()
+    for name, parameter in model.blocks[0].mixer.constants.items():
+        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
+
+
 @pytest.mark.parametrize("method", METHODS, ids=identify)
 def test_inputs_have_the_shapes_and_ranges_that_the_declaration_needs(method: Any) -> None:
     mixer = small(method).blocks[0].mixer
