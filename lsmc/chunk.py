@@ -34,7 +34,6 @@ from lsmc.ir import Builder, Carry, Dims, Program, operand, prune, verify
 
 MEMORY, IMAGINARY, ACCUMULATOR, NORMALIZER, BIAS, COUNT = "M", "I", "P", "Z", "Mb", "Mt"
 
-
 Inner = Sum | Pairs | Over
 """The parts of an expression that are not elementwise."""
 
@@ -55,9 +54,9 @@ class _Written:
 def derive(canonical: Canonical, scale: float = 1.0) -> Program:
     """The chunk program of a canonical method; `scale` multiplies q.
 
-    Raises `LsmNotAffineError` when what is written is not affine in what is read, and `LsmNoChunkFormError` when the
-    memory's decay does not factor over K and V, when several writes correct what they read, or when momentum meets a
-    decay over K or V or a rotation.
+    Raises, where reads are not of a block's start, `LsmNotAffineError` when what is written is not affine in what is read, and
+    `LsmNoChunkFormError` when a memory that decays along V is read by its own update or several writes correct what they
+    read; and when momentum meets a decay over K or V or a rotation.
     """
     return _Derivation(canonical, scale).run()
 

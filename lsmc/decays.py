@@ -6,7 +6,8 @@
     Vector("g")         D(M) = diag(e^g) M            g (B, T, HV, K), ≤ 0;  over="V": M diag(e^g), g (B,
     T, HV, V)
     Matrix("A")         D(M) = e^A ⊙ M                A (B, T, HV, K, V), ≤ 0
-    Rotation("theta")   D(M) = diag(e^{iθ}) M         theta (B, T, HV, K), any angles; the memory is complex
+    Rotation("theta")   D(M) = diag(e^{iθ}) M         theta (B, T, HV, K), any angles; the memory is complex; of an
+    expression over (K, V): D(M) = e^{iθ} ⊙ M
 
 The argument is the name of an input or an expression of the *log* decay:
 ``Scalar(-softplus(scalar("f")))``; a decay given as a factor a in (0, 1] is ``log(a)``:

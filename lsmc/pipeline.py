@@ -68,7 +68,7 @@ def compile_plan(canonical: Canonical, options: Options, shape: Shape = TYPICAL)
     canonical = canonical.substitute({f: Field(f.name, f.dims, "head") for f in canonical.inputs if f.per == "layer"})
     if canonical.block is not None:  # blocks are whole chunks, or parts of one
         options = replace(options, chunk=min(options.chunk, canonical.block & -canonical.block))
-    shape = replace(shape, chunk=options.chunk)
+        shape = replace(shape, chunk=options.chunk)
     program = derive(canonical, options.scale)
     forward = _log("chunk", hoist(program))
     backward = _log("backward", hoist(differentiate(program)))
