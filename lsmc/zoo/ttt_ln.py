@@ -4,7 +4,7 @@ M ← M − η kᵀ∂,  m ← m − η ∂,  o = q + w ⊙ LN(q M + m) + b.
 q, k (B, T, H, K), k of norm ≤ 1; v (B, T, HV, V), V = K; eta (B, T, HV), learning rate, ≥ 0; w, b (HV, V). M⁰, m⁰ are M, m at the
 start of the present block of 16 tokens, whose gradients are taken together. LN has eps 1e-6. The state is the tuple (M, m, M⁰,
 m⁰, tokens of the block so far). `ttt_ln_sequential` takes each gradient at the memory before its token.
-Sun et al. 2024, "Learning to (Learn at Test Time)" (arXiv 2407.04620), eq. 5 and 7, in the dual form of section 2.5.
+Sun et al. 2024, "Learning to (Learn at Test Time)" (arXiv 2407.04620), TTT-Linear with mini-batches of 16: f(x) = x + LN(x W + b).
 """
 
 from lsmc import LSM, M, grad, k, layernorm, norm2, over, q, scalar, v, vector
