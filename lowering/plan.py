@@ -44,7 +44,9 @@ LACKS = {"triton": frozenset({"scan", "scan_grad", "pairs", "pairs_grad", "renam
 
 def able(target: str, program: Program) -> str:
     """The backend `target` where it has code for all of a program, else ATen, which runs on every device."""
-    if target == "aten" or LACKS[target] & {op.kind for op in program.ops} or program.counter:
+    if target == "aten" or LACKS[target] & {op.kind for op in program.ops}:
+        return "aten"
+    if any(program.index[c.inp].dims[0] != "K" for c in program.carries):  # kernels hold memories of K rows
         return "aten"
     try:
         for carry in program.carries:

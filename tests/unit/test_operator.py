@@ -15,7 +15,9 @@ from torch import Tensor
 import lsmc
 from lsmc import LSM, M, Scalar, Vector, errors, k, outer, q, reference, vector
 from lsmc.cases import GATES, Case, Sample, sample, tensors
+from lsmc.chunk import derive
 from lsmc.lowering import ops
+from lsmc.lowering.plan import able
 from lsmc.pipeline import Options, compile_plan
 from tests.declarations import Drawn, declarations
 
@@ -289,6 +291,32 @@ def test_schedule_and_chunk_length_are_free_choices(op: LSM) -> None:
     wanted = both(op, drawn)
     for chunk, schedule in ((1, "fused"), (8, "two_pass"), (64, "two_pass")):
         assert max(map(ratio, both(op, drawn, chunk=chunk, schedule=schedule), wanted)) < 1e-10
+
+
+def test_a_bias_is_the_row_of_a_key_that_is_1() -> None:
+    """Appending 1 to keys and queries gives the same outputs, and the same rows of the state. Kernels do not hold such rows."""
+    beta, g = lsmc.scalar("beta"), Scalar("g")
+    plain = LSM("m", decay=g, update=beta * outer(k, lsmc.v - k @ M.decayed))
+    biased = LSM("m", decay=g, update=beta * outer(k, lsmc.v - k @ M.decayed - M.bias.decayed), readout=q @ M + M.bias)
+    x = {n: x.detach() for n, x in sample(plain, Case(time=21, groups=2, key_dim=3, value_dim=2)).inputs.items()}
+    x["k"] = 0.5 * x["k"]
+    wide = {n: torch.cat([y, torch.ones_like(y[..., :1])], -1) if n in ("q", "k") else y for n, y in x.items()}
+    o, state, bias = run(biased, x, chunk=8)
+    wanted, rows = run(plain, wide)
+    assert ratio(o, wanted) < 1e-10
+    assert ratio(torch.cat([state, bias[:, :, None]], -2), rows) < 1e-10
+    assert able("triton", derive(biased.canonical)) == "aten"
+
+
+def test_pairs_are_the_products_of_their_entries() -> None:
+    """A memory of pairs is that of keys and queries whose entries were multiplied before."""
+    plain = LSM("m", decay=Scalar("g"), update=outer(k, lsmc.v))
+    paired = LSM("m", decay=Scalar("g"), update=outer(lsmc.pairs(k), lsmc.v), readout=lsmc.pairs(q) @ M)
+    x = sample(plain, Case(time=21, groups=2, key_dim=3, value_dim=2)).inputs
+    wide = {n: (y[..., :, None] * y[..., None, :]).flatten(-2) if n in ("q", "k") else y for n, y in x.items()}
+    both_ways = [run(paired, x, chunk=8), run(plain, wide)]
+    found, wanted = ([*outputs, *gradients(outputs, list(x.values()))] for outputs in both_ways)
+    assert max(map(ratio, found, wanted)) < 1e-10
 
 
 def test_a_normaliser_is_corrected_by_what_it_reads_of_itself() -> None:
