@@ -240,7 +240,7 @@ class _Absorption:
     def _rewrite(self, inside: Iterable[Node], values: Mapping[Field, sympy.Expr], leaves: _Leaves) -> list[str]:
         plan = _derived(self.spec, tuple(values.items()))
         laid = {s.name: self._lay_out(*layout) for s, layout in leaves.layouts.items()}
-        self.op.args = ([laid[name] for name in plan.inputs], *self.op.args[1:3], ops.register(plan))
+        self.op.args = ([laid[name] for name in plan.inputs], *self.op.args[1:3], ops.register(plan, self.spec.endswith(ops.KEEP)))
         if "lsm" in self.op.meta:
             self.op.meta["lsm"] = plan
         for node in inside:

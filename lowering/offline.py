@@ -77,7 +77,7 @@ def resource(compiled: Compiled, k: Emitted, key: int, value: int, chunk: int, d
             signature[name] = f"*{dtype}"
         elif name.startswith(("i_", "e_")):
             signature[name] = "*fp32"
-        elif name in ("owner", "flags"):
+        elif name in ("owner", "_flags"):
             signature[name] = "*i32"
         elif name in ("cu", "first"):
             signature[name] = "*i64"

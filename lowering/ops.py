@@ -1,7 +1,8 @@
 """The torch operators `lsmc::fwd` and `lsmc::bwd`: one functional pair that carries every method.
 
 `spec` is the key of a registered `Plan`; it holds a hash of all generated source, so that caches keyed on the graph
-never serve code of an older derivation. On CPUs the body is plain ATen, which Inductor sees through.
+never serve code of an older derivation. With `KEEP` behind it the forward keeps what its backward takes. On CPUs the body
+is plain ATen, which Inductor sees through.
 """
 
 from __future__ import annotations
@@ -21,15 +22,19 @@ from lsmc.lowering.plan import Plan
 
 _PLANS: dict[str, Plan] = {}
 
+KEEP = "+kept"
+"""What a `spec` ends with where the forward gives, behind the final memories, what its backward then takes instead of working
+it out again."""
 
-def register(plan: Plan) -> str:
+
+def register(plan: Plan, keep: bool = False) -> str:
     """Make a plan known to the operators; returns its `spec`."""
-    return _PLANS.setdefault(plan.key, plan).key
+    return _PLANS.setdefault(plan.key, plan).key + KEEP * keep
 
 
 def plan_of(spec: str) -> Plan:
     """The plan behind a `spec` found in a graph."""
-    return _PLANS[spec]
+    return _PLANS[spec.removesuffix(KEEP)]
 
 
 def in_graph(module: GraphModule) -> Iterator[tuple[GraphModule, Node]]:
@@ -99,33 +104,40 @@ def _start(plan: Plan, inputs: Sequence[Tensor], start: Sequence[Tensor], cu_seq
 
 @triton_op("lsmc::fwd", mutates_args={})
 def fwd(inputs: Sequence[Tensor], start: Sequence[Tensor], cu_seqlens: Tensor | None, spec: str) -> list[Tensor]:
-    """Output (B, T, HV, V) and the final memories (B, HV, K, V or 1) of the method `spec`."""
-    plan = _PLANS[spec]
+    """Output (B, T, HV, V) and the final memories (B, HV, K, V or 1) of the method `spec`, and what is kept."""
+    plan = plan_of(spec)
+    direction = plan.training if spec.endswith(KEEP) else plan.forward
     size = extents(plan, inputs, start)
     if size.batch * size.tokens == 0 or plan.forward.executable.needs_memories:
         start = _start(plan, inputs, start, cu_seqlens)
     if size.batch * size.tokens == 0:  # no token: nothing to run
         return [size.like.new_empty(size.output), *(_own(s) for s in start)]
     with _as_given(size.like.device):
-        outputs, ends = plan.forward.executable.launch(
+        outputs, ends = direction.executable.launch(
             dict(zip(plan.inputs, inputs, strict=True)), dict(zip(plan.carries, start)), plan.chunk, cu_seqlens)
     own = _contiguous if plan.forward.executable.fresh else _own
-    return [own(outputs["o"].to(size.like.dtype)), *(own(ends[c]) for c in plan.carries)]
+    kept = (outputs[n] for n in direction.executable.keeps)
+    return [own(outputs["o"].to(size.like.dtype)), *(own(ends[c]) for c in plan.carries), *kept]
 
 
 @triton_op("lsmc::bwd", mutates_args={})
 def bwd(inputs: Sequence[Tensor], start: Sequence[Tensor], cu_seqlens: Tensor | None, d_o: Tensor,
-        d_end: Sequence[Tensor], spec: str) -> list[Tensor]:
-    """Gradients of `inputs`, then of the initial memories."""
-    plan = _PLANS[spec]
+        d_end: Sequence[Tensor], kept: Sequence[Tensor], spec: str) -> list[Tensor]:
+    """Gradients of `inputs`, then of the initial memories; where nothing was `kept` it is worked out again."""
+    plan = plan_of(spec)
     if d_o.shape[0] * d_o.shape[1] == 0:
         return [*(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs), *map(_own, d_end)]
-    first = _start(plan, inputs, start, cu_seqlens) if plan.backward.executable.needs_memories else start
-    memories = dict(zip(plan.carries, first))
-    memories |= {f"d_{c}": d for c, d in zip(plan.carries, d_end, strict=True)}
+    keeps = plan.training.executable.keeps
+    if len(kept) < len(keeps):
+        kept = fwd(inputs, start, cu_seqlens, register(plan, keep=True))[1 + len(plan.carries):]
+    first = _start(plan, inputs, start, cu_seqlens) if plan.backward.executable.needs_memories and not keeps else start
+    memories = dict(zip(plan.carries, first)) | {f"d_{c}": d for c, d in zip(plan.carries, d_end, strict=True)}
+    taken = {"d_o": d_o, **dict(zip(plan.inputs, inputs, strict=True)), **dict(zip(keeps, kept, strict=True))}
+    program = plan.backward.program
+    used = {*(c.name for c in program.carries), program.counter}
+    memories = {n: x for n, x in memories.items() if n in used}
     with _as_given(d_o.device):
-        outputs, ends = plan.backward.executable.launch(
-            {**dict(zip(plan.inputs, inputs, strict=True)), "d_o": d_o}, memories, plan.chunk, cu_seqlens)
+        outputs, ends = plan.backward.executable.launch(taken, memories, plan.chunk, cu_seqlens)
     grads, own = [], _contiguous if plan.backward.executable.fresh else _own
     for name, x in zip(plan.inputs, inputs, strict=True):
         d = outputs[f"d_{name}"]
@@ -152,23 +164,30 @@ def _contiguous(x: Tensor) -> Tensor:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     tensors, start, cu_seqlens, ctx.spec = inputs
-    ctx.counts = len(tensors), len(start)
-    ctx.ends = [(e.shape, e.dtype) for e in output[1:]]
-    ctx.save_for_backward(*tensors, *start, *([] if cu_seqlens is None else [cu_seqlens]))
+    ends, kept = _apart(output, ctx.spec)
+    ctx.counts = len(tensors), len(start), len(kept)
+    ctx.ends = [(e.shape, e.dtype) for e in ends]
+    ctx.save_for_backward(*tensors, *start, *kept, *([] if cu_seqlens is None else [cu_seqlens]))
     ctx.packed = cu_seqlens is not None
+
+
+def _apart(output: Sequence[Any], spec: str) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Of what `lsmc::fwd` gives, or of its cotangents: final memories, and what is kept."""
+    ends = 1 + len(plan_of(spec).carries)
+    return output[1:ends], output[ends:]
 
 
 def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     saved = list(ctx.saved_tensors)
-    n, m = ctx.counts
-    tensors, start = saved[:n], saved[n : n + m]
+    n, m, many = ctx.counts
+    tensors, start, kept = saved[:n], saved[n : n + m], saved[n + m : n + m + many]
     cu_seqlens = saved[-1] if ctx.packed else None
-    d_o, *d_end = grads
+    d_o, d_end = grads[0], _apart(grads, ctx.spec)[0]
     if d_o is None:
-        size = extents(_PLANS[ctx.spec], tensors, start)
+        size = extents(plan_of(ctx.spec), tensors, start)
         d_o = size.like.new_zeros(size.output)
     d_end = [tensors[0].new_zeros(s, dtype=t) if d is None else d for d, (s, t) in zip(d_end, ctx.ends, strict=True)]
-    out = bwd(tensors, start, cu_seqlens, d_o, d_end, ctx.spec)
+    out = bwd(tensors, start, cu_seqlens, d_o, d_end, kept, ctx.spec)
     return out[:n], (out[n:] if m else []), None, None
 
 
@@ -188,6 +207,7 @@ class _Eager(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         spec, counted, cu_seqlens, *tensors = inputs
         ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*_apart(output, spec)[1])
         _save(ctx, (tensors[:counted], tensors[counted:], cu_seqlens, spec), list(output))
 
     @staticmethod
@@ -196,9 +216,14 @@ class _Eager(torch.autograd.Function):
         return None, None, None, *inputs, *start
 
 
-def run(inputs: Sequence[Tensor], start: Sequence[Tensor], cu_seqlens: Tensor | None, spec: str) -> Sequence[Tensor]:
-    """`lsmc::fwd`, differentiable: the operator itself where a graph is made of it, else by the shorter way."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not any(x.requires_grad for x in (*inputs, *start)):
+def run(inputs: Sequence[Tensor], start: Sequence[Tensor], cu_seqlens: Tensor | None, spec: str,
+        keep: bool = True) -> Sequence[Tensor]:
+    """`lsmc::fwd`, differentiable: the operator itself where a graph is made of it, else by the shorter way. What it keeps for
+    the backward, if one can come, follows the final memories."""
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *start))
+    if keep and learns:
+        spec += KEEP
+    if torch.compiler.is_compiling() or not learns:
         out: list[Tensor] = torch.ops.lsmc.fwd(inputs, start, cu_seqlens, spec)
         return out
     eager: tuple[Tensor, ...] = _Eager.apply(spec, len(inputs), cu_seqlens, *inputs, *start)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,8 @@ import lsmc.lowering.backends.aten as aten
 from lsmc import affine
 from lsmc.canonical import Canonical
 from lsmc.ir import Builder, Dims, LsmIRError, Program
-from lsmc.schedules import Choice, Shape
+from lsmc.keep import keep
+from lsmc.schedules import Choice, Schedule, Shape
 from lsmc.schedules.base import Rank, by_kernel
 
 
@@ -28,6 +29,7 @@ class Executable(Protocol):
     hash: str
     fresh: bool  # results are new tensors, never views of inputs or of each other
     needs_memories: bool  # else a memory that is not given is zero
+    keeps: tuple[str, ...]  # names of the outputs that are inputs of the backward program
 
     def launch(self, inputs: Mapping[str, Tensor], memories: Mapping[str, Tensor], chunk: int,
                cu_seqlens: Tensor | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]: ...
@@ -65,6 +67,22 @@ def ranking(target: str) -> Rank:
     return by_kernel
 
 
+def sharings(target: str, forward: Program, backward: Program, cuts: Iterable[Schedule]) -> Iterator[tuple[Program, Program]]:
+    """Both programs with values kept by the forward for the backward: those that a backend finds worth it where the backward
+    is cut in these ways."""
+    if target == "triton":
+        from lsmc.lowering.backends.triton_cut import passed
+        from lsmc.lowering.backends.triton_sums import gather
+
+        forward, backward = gather(forward), gather(backward)
+        found = [passed(backward, cut) for cut in cuts]
+    else:
+        found = [aten.passed(backward)]
+    for values in dict.fromkeys(map(frozenset, found)):
+        if values:
+            yield keep(forward, backward, values)
+
+
 @functools.cache
 def _library() -> str:
     """A hash of the code that carries out generated source: graphs cached by other versions of it are not this one's."""
@@ -79,13 +97,16 @@ class Direction:
     program: Program
     choice: Choice
     target: str
+    before: Direction | None = field(default=None, compare=False, repr=False)
+    """Whose kept values this one takes."""
 
     @cached_property
     def executable(self) -> Executable:
         if self.target == "triton":
             import lsmc.lowering.backends.triton as triton
 
-            return triton.Compiled(self.program, self.choice.schedule)
+            flagged = self.before is not None and "_flags" in self.before.executable.keeps
+            return triton.Compiled(self.program, self.choice.schedule, flagged)
         return aten.Compiled(self.program, self.choice.schedule)
 
 
@@ -93,6 +114,7 @@ class Direction:
 class Plan:
     """Forward and backward of one method; `key` names it in a graph and covers all source, generated or not.
 
+    training           the forward that keeps what the backward takes; `forward` itself where that is nothing
     canonical, scale   the method, and the factor on its q
     shape              the sizes at which its schedules were ranked
     derive             the plan of another method, with its factor on q, at the options of this one
@@ -103,6 +125,7 @@ class Plan:
     chunk: int
     shape: Shape
     forward: Direction
+    training: Direction
     backward: Direction
     derive: Callable[[Canonical, float], Plan] = field(compare=False, repr=False)
 
@@ -113,18 +136,17 @@ class Plan:
     @property
     def seconds(self) -> float:
         """The estimate for forward and backward."""
-        return self.forward.choice.seconds + self.backward.choice.seconds
+        return self.training.choice.seconds + self.backward.choice.seconds
 
     @cached_property
     def key(self) -> str:
-        text = f"{self.forward.executable.hash}{self.backward.executable.hash}{self.chunk}{_library()}"
+        parts = dict.fromkeys(d.executable.hash for d in (self.forward, self.training, self.backward))
+        text = f"{''.join(parts)}{self.chunk}{_library()}"
         return f"{self.name}:{self.forward.target}:{hashlib.sha256(text.encode()).hexdigest()[:20]}"
 
     @cached_property
     def inputs(self) -> tuple[str, ...]:
-        gradients = dict(self.backward.program.outputs)
-        return tuple(op.attr("name") for op in self.backward.program.inputs("token", "head")
-                     if f"d_{op.attr('name')}" in gradients)
+        return tuple(name.removeprefix("d_") for name, _ in self.backward.program.outputs)
 
     @cached_property
     def reads(self) -> tuple[tuple[int, str, bool, str], ...]:

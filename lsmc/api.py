@@ -97,7 +97,7 @@ def _class(n: int) -> int:
 
 def call(declaration: LSM, *, initial_state: State | None = None, return_final_state: bool = False,
          cu_seqlens: Tensor | None = None, scale: float = 1.0, chunk: int | None = None, schedule: str | None = None,
-         **inputs: Any) -> Any:
+         recompute: bool = False, **inputs: Any) -> Any:
     """o, or (o, state) with `return_final_state`: the method on whole sequences, differentiable in every input.
 
     inputs              by name: q, k (B, T, H, K), v (B, T, HV, V), per token (B, T, HV, …), per head (HV, …), per layer (…);
@@ -107,6 +107,8 @@ def call(declaration: LSM, *, initial_state: State | None = None, return_final_s
     scale               multiplies q
     chunk, schedule     fix what the compiler otherwise chooses: tokens per chunk (a power of two; no more than a block
                         has, where reads are of its start), a schedule's name
+    recompute           keep nothing but the inputs for the backward, which then works the rest out again: less memory between
+                        the two, more time
 
     Raises LsmMissingInputError, LsmUnexpectedInputError, LsmShapeError, LsmDtypeError, LsmSequenceError, LsmOptionError
     before anything runs, and LsmNotAffineError or LsmNoChunkFormError for declarations without a chunk form.
@@ -133,7 +135,7 @@ def call(declaration: LSM, *, initial_state: State | None = None, return_final_s
         given = initial_state if isinstance(initial_state, tuple | list) else (initial_state,)
         dtype = ops.state_dtype(tensors[casts[-1] if casts else names[0]].dtype)
         start = [_as_tile(s.to(dtype), dims) for s, dims in zip(given, states)]
-    o, *ends = ops.run([tensors[n] for n in names], start, cu_seqlens, spec)
+    o, *ends = ops.run([tensors[n] for n in names], start, cu_seqlens, spec, not recompute)[: 1 + len(states)]
     if not return_final_state:
         return o
     ends = [_of_tile(e, dims) for e, dims in zip(ends, states)]

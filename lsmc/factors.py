@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from lsmc.ir import Builder, Carry, Op, Program, operand, prune, verify
+from lsmc.ir import Builder, Op, Program, operand, prune, verify
 
 
 def hoist(program: Program) -> Program:
@@ -22,8 +22,7 @@ def hoist(program: Program) -> Program:
             new[op.id] = b.mul(b.matmul(x, args[1], tb=op.attr("tb")), s)
         else:
             new[op.id] = b.map(op.attr("expr"), *args) if op.kind == "map" else b.emit(op.kind, op.dims, *args, **dict(op.attrs))
-    carries = tuple(Carry(c.name, new[c.inp], new[c.out], c.reverse) for c in program.carries)
-    return verify(prune(Program(program.name, tuple(b.ops), carries, tuple((n, new[i]) for n, i in program.outputs))))
+    return verify(prune(program.rebuilt(b.ops, new)))
 
 
 def factor(ops: Mapping[int, Op] | Sequence[Op], i: int) -> tuple[int, int] | None:

@@ -7,10 +7,11 @@ tiles handed from one chunk to the next (forward in time, or backward for cotang
 
 Grammar (what `str(program)` prints and `parse` reads)::
 
-    program  ::= "program" NAME NEWLINE (op NEWLINE)* (carry NEWLINE)* (output NEWLINE)*
+    program  ::= "program" NAME NEWLINE (op NEWLINE)* (carry NEWLINE)* (output NEWLINE)* (hand NEWLINE)*
     op       ::= "%" ID ":" "(" DIM "," DIM ")" "=" KIND "(" [%ID ("," %ID)*] ")" ["{" KEY "=" ATOM ("," ...)* "}"]
     carry    ::= "carry" NAME ":" %ID "->" %ID ["reverse"]
     output   ::= "output" NAME "=" %ID
+    hand     ::= ("keep" | "take") NAME "=" %ID
 
 Operations, with rows i, j and columns d:
 
@@ -46,7 +47,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from tokenize import TokenError
 from typing import Any
 
@@ -123,12 +124,15 @@ class Carry:
 
 @dataclass(frozen=True)
 class Program:
-    """One chunk's operations, its carries and its outputs."""
+    """One chunk's operations, its carries, its outputs; values that it keeps for another program, and those that it takes from
+    one: what they are made of stays to be read, and is not computed."""
 
     name: str
     ops: tuple[Op, ...]
     carries: tuple[Carry, ...]
     outputs: tuple[tuple[str, int], ...]
+    kept: tuple[tuple[str, int], ...] = ()
+    taken: tuple[tuple[str, int], ...] = ()
     index: Mapping[int, Op] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -136,7 +140,15 @@ class Program:
 
     def __str__(self) -> str:
         lines = [f"program {self.name}", *map(str, self.ops), *map(str, self.carries)]
-        return "\n".join([*lines, *(f"output {n} = %{i}" for n, i in self.outputs)])
+        lines += [f"output {n} = %{i}" for n, i in self.outputs]
+        lines += [f"keep {n} = %{i}" for n, i in self.kept]
+        return "\n".join([*lines, *(f"take {n} = %{i}" for n, i in self.taken)])
+
+    def rebuilt(self, ops: Iterable[Op], new: Mapping[int, int]) -> Program:
+        """The program of other operations, in which the value i is new[i]."""
+        carries = tuple(Carry(c.name, new[c.inp], new[c.out], c.reverse) for c in self.carries)
+        ends = (tuple((n, new[i]) for n, i in named) for named in (self.outputs, self.kept, self.taken))
+        return Program(self.name, tuple(ops), carries, *ends)
 
     def inputs(self, *roles: str) -> Iterator[Op]:
         """The input operations, of the given roles (all without any)."""
@@ -146,11 +158,12 @@ class Program:
     def counter(self) -> str | None:
         """The memory of one number, if there is one: how many tokens of a block have been when a chunk begins. The valid
         rows of a chunk lie in one block."""
-        return next((c.name for c in self.carries if self.index[c.inp].dims == ("1", "1") and not c.reverse), None)
+        reverse = {c.inp for c in self.carries if c.reverse}
+        return next((op.attr("name") for op in self.inputs("carry") if op.dims == ("1", "1") and op.id not in reverse), None)
 
     def ancestors(self, roots: Iterable[int], known: Iterable[int] = ()) -> list[Op]:
-        """The operations needed for `roots` when the values `known` are given, in program order."""
-        have, need, todo = set(known), set[int](), list(roots)
+        """The operations needed for `roots` when the values `known` are given besides those taken, in program order."""
+        have, need, todo = {*known, *(i for _, i in self.taken)}, set[int](), list(roots)
         while todo:
             i = todo.pop()
             if i not in need and i not in have:
@@ -374,10 +387,12 @@ def verify(program: Program) -> Program:
             raise LsmIRError(f"{where} the memory before the chunk is an input with role=carry")
         if seen[c.inp].dims != seen[c.out].dims:
             raise LsmIRError(f"{where} the memory changes its dimensions")
-    for name, i in program.outputs:
-        if i not in seen:
-            raise LsmIRError(f"in program {program.name}, output {name} is undefined")
-    for kind, names in (("carry", [c.name for c in program.carries]), ("output", [n for n, _ in program.outputs])):
+    for kind, ends in (("output", program.outputs), ("keep", program.kept), ("take", program.taken)):
+        for name, i in ends:
+            if i not in seen:
+                raise LsmIRError(f"in program {program.name}, {kind} {name} is undefined")
+    for kind, names in (("carry", [c.name for c in program.carries]), ("output", [n for n, _ in program.outputs]),
+                        ("keep", [n for n, _ in program.kept]), ("take", [n for n, _ in program.taken])):
         for name in names:
             if names.count(name) > 1:
                 raise LsmIRError(f"in program {program.name}, {kind} {name} is there twice")
@@ -385,13 +400,12 @@ def verify(program: Program) -> Program:
 
 
 def prune(program: Program) -> Program:
-    """Drop operations that no output and no carry needs, and number the rest from 0: equal programs print equally."""
-    live = program.ancestors([i for _, i in program.outputs] + [c.out for c in program.carries]
-                             + [c.inp for c in program.carries])
+    """Drop operations that nothing which leaves the program needs, and number the rest from 0: equal programs print equally."""
+    ends = [i for _, i in (*program.outputs, *program.kept, *program.taken)]
+    whole = replace(program, taken=())  # with what is taken, what it is made of
+    live = whole.ancestors([*ends, *(i for c in program.carries for i in (c.out, c.inp))])
     new = {op.id: n for n, op in enumerate(live)}
-    ops = tuple(Op(new[o.id], o.dims, o.kind, tuple(new[a] for a in o.args), o.attrs) for o in live)
-    carries = tuple(Carry(c.name, new[c.inp], new[c.out], c.reverse) for c in program.carries)
-    return Program(program.name, ops, carries, tuple((n, new[i]) for n, i in program.outputs))
+    return program.rebuilt((Op(new[o.id], o.dims, o.kind, tuple(new[a] for a in o.args), o.attrs) for o in live), new)
 
 
 @dataclass(frozen=True)
@@ -427,18 +441,18 @@ def parse(text: str) -> Program:
         raise LsmIRError("a program starts with 'program NAME'")
     ops: list[Op] = []
     carries: list[Carry] = []
-    outputs: list[tuple[str, int]] = []
+    ends: dict[str, list[tuple[str, int]]] = {"output": [], "keep": [], "take": []}
     for line in lines[1:]:
         if m := _OP.match(line):
             args = tuple(map(int, re.findall(r"\d+", m[5])))
             ops.append(Op(int(m[1]), (m[2], m[3]), m[4], args, _parse_attrs(m[6] or "", line)))
         elif m := re.match(r"carry (\w+): %(\d+) -> %(\d+)( reverse)?$", line):
             carries.append(Carry(m[1], int(m[2]), int(m[3]), bool(m[4])))
-        elif m := re.match(r"output (\w+) = %(\d+)$", line):
-            outputs.append((m[1], int(m[2])))
+        elif m := re.match(r"(output|keep|take) (\w+) = %(\d+)$", line):
+            ends[m[1]].append((m[2], int(m[3])))
         else:
             raise LsmIRError(f"cannot read this line of the program:\n    {line}")
-    return verify(Program(lines[0].split()[1], tuple(ops), tuple(carries), tuple(outputs)))
+    return verify(Program(lines[0].split()[1], tuple(ops), tuple(carries), *map(tuple, ends.values())))
 
 
 def _parse_attrs(text: str, line: str) -> tuple[tuple[str, Any], ...]:

@@ -21,9 +21,9 @@ from lsmc.errors import LsmOptionError
 from lsmc.expr import Field
 from lsmc.factors import hoist
 from lsmc.ir import Program
-from lsmc.lowering.plan import Direction, Plan, able, ranking
+from lsmc.lowering.plan import Direction, Plan, able, ranking, sharings
 from lsmc.lowering.tuned.store import describe
-from lsmc.schedules import CUTS, Choice, Shape, choose
+from lsmc.schedules import CUTS, Shape, choose
 
 _T = TypeVar("_T")
 
@@ -37,7 +37,7 @@ STAGES: dict[str, str] = {
     "canonical": "read, correct, write, decay: one form for every way of writing a method",
     "chunk": "the same for C tokens at once",
     "backward": "reverse-mode differentiation of the chunk program",
-    "schedule": "where the forward program is cut into kernels, and why",
+    "schedule": "where the forward program is cut into kernels, what it keeps for the backward one, and why",
     "backward_schedule": "where the backward program is cut into kernels, and why",
     "source": "the generated forward code",
     "backward_source": "the generated backward code",
@@ -75,15 +75,22 @@ def compile_plan(canonical: Canonical, options: Options, shape: Shape = TYPICAL)
     target = able(options.target, program)
     cuts = tuple(CUTS[n] for n in CUTS if options.schedule in (None, n))
 
-    def direction(program: Program, stage: str) -> Direction:
-        choice: Choice = _log(stage, choose(program, cuts, shape, rank=ranking(target)))
-        return Direction(program, choice, target)
+    def direction(program: Program, before: Direction | None = None) -> Direction:
+        return Direction(program, choose(program, cuts, shape, rank=ranking(target)), target, before)
+
+    alone, last = direction(forward), direction(backward)
+    pairs = [(alone, last)]
+    for first, second in sharings(target, forward, backward, [cut(backward) for cut in cuts]):
+        training = direction(first)
+        pairs.append((training, direction(second, training)))
+    training, last = min(pairs, key=lambda pair: pair[0].choice.seconds + pair[1].choice.seconds)
 
     def derive_other(other: Canonical, scale: float) -> Plan:
         return compile_plan(other, replace(options, scale=scale), shape)
 
-    return Plan(canonical, options.scale, options.chunk, shape, direction(forward, "schedule"),
-                direction(backward, "backward_schedule"), derive_other)
+    _log("schedule", training.choice)
+    _log("backward_schedule", last.choice)
+    return Plan(canonical, options.scale, options.chunk, shape, alone, training, last, derive_other)
 
 
 def stages(canonical: Canonical, options: Options, shape: Shape = TYPICAL) -> dict[str, str]:
@@ -92,17 +99,22 @@ def stages(canonical: Canonical, options: Options, shape: Shape = TYPICAL) -> di
     text: dict[str, Callable[[], object]] = {
         "canonical": lambda: canonical,
         "chunk": lambda: plan.forward.program,
-        "backward": lambda: plan.backward.program,
-        "schedule": lambda: _measured(plan.forward),
+        "backward": lambda: hoist(differentiate(derive(canonical, options.scale))),
+        "schedule": lambda: _measured(plan.training),
         "backward_schedule": lambda: _measured(plan.backward),
-        "source": lambda: plan.forward.executable.source,
+        "source": lambda: plan.training.executable.source,
         "backward_source": lambda: plan.backward.executable.source,
     }
     return {name: str(text[name]()) for name in STAGES}
 
 
 def _measured(direction: Direction) -> str:
-    return f"{direction.choice}\n{describe(direction.executable.hash)}".rstrip("\n")
+    """The schedule and why, what was measured of it, and what one direction hands to the other."""
+    program = direction.program
+    parts = [str(direction.choice), describe(direction.executable.hash)]
+    for verb, named in (("keeps for the backward", program.kept), ("takes from the forward", program.taken)):
+        parts += [f"{verb}:", *(f"  {program.index[i]}" for _, i in named)] if named else []
+    return "\n".join(part for part in parts if part).rstrip("\n")
 
 
 def _log(stage: str, value: _T) -> _T:

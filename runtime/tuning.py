@@ -137,8 +137,10 @@ def plan_of(subject: Subject) -> Methods:
 
 
 def compiled(subject: Subject) -> dict[str, Compiled]:
-    """The programs of both directions."""
-    return {d: getattr(plan_of(subject), d).executable for d in DIRECTIONS}
+    """The programs of both directions, as training runs them."""
+    plan = plan_of(subject)
+    made: list[Any] = [plan.training.executable, plan.backward.executable]
+    return dict(zip(DIRECTIONS, made, strict=True))
 
 
 def draw(subject: Subject, sizes: Sizes, gates: str, device: str) -> Call:
@@ -166,7 +168,7 @@ _drawn = functools.lru_cache(maxsize=2)(draw)
 
 
 def launches(subject: Subject, call: Call) -> dict[str, Any]:
-    """The launches that the operator makes of a call, not begun."""
+    """The launches that the operator makes of a call, not begun: what the forward keeps is zero, and all chunks are mild."""
     plan, made = plan_of(subject), compiled(subject)
     chunk = plan.chunk
     inputs = {n: x.detach() for n, x in call.inputs.items()}
@@ -178,7 +180,10 @@ def launches(subject: Subject, call: Call) -> dict[str, Any]:
     for c in made["forward"].program.carries:
         r, k = (forward.size[d] for d in made["forward"].program.index[c.inp].dims)
         ends[f"d_{c.name}"] = v.new_zeros((forward.sequences, forward.heads, r, k), dtype=torch.float32)
-    backward = made["backward"].prepare({**inputs, "d_o": d_o}, {**start, **ends}, chunk, call.cu_seqlens)
+    for kernel in made["forward"].kernels:
+        forward.arguments(kernel)
+    kept = {n: x.fill_(int(x.dtype == torch.int32)) for n, x in forward.keeps.items()}
+    backward = made["backward"].prepare({**inputs, **kept, "d_o": d_o}, {**start, **ends}, chunk, call.cu_seqlens)
     return {"forward": forward, "backward": backward}
 
 

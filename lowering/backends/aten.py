@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lsmc.functions import FUNCTIONS
 from lsmc.ir import Builder, Carry, Dims, Op, Program, Scanned, operand
+from lsmc.keep import cotangents
 from lsmc.lowering.backends import aten_carry, aten_scan, aten_tiles
 from lsmc.lowering.backends.aten_rewrites import Move, move, rewrite
 from lsmc.schedules import Schedule
@@ -91,6 +92,7 @@ class Compiled:
 
     def __init__(self, program: Program, schedule: Schedule) -> None:
         self.program, self.schedule = program, schedule
+        self.keeps = tuple(n for n, _ in program.kept)
         self.source = _emit(program, schedule)
         self.hash = hashlib.sha256(self.source.encode()).hexdigest()[:16]
 
@@ -105,17 +107,19 @@ class Compiled:
 
     def launch(self, inputs: Mapping[str, Tensor], memories: Mapping[str, Tensor], chunk: int,
                cu_seqlens: Tensor | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Token outputs (B, T, HV, D), per-head outputs (HV, D), and the last value of every carry.
+        """Token outputs (B, T, HV, D), per-head outputs (HV, D), what is kept (`keeps`), and the last value of every carry.
 
-        inputs: (B, T, H or HV, D) or (B, T, HV) tokens and (HV,) or (HV, D) constants; memories: (B, HV, K, V), where
+        inputs: (B, T, H or HV, D) or (B, T, HV) tokens, (HV,) or (HV, D) constants, what was kept; memories: (B, HV, K, V), where
         each carry starts (for reversed ones, at the end of time), in the dtype of the computation.
         """
         start = next(iter(memories.values()))
         dtype, heads, device = start.dtype, start.shape[1], start.device
         tokens = next(inputs[op.attr("name")] for op in self.program.inputs("token"))
-        lead = None
-        if self.program.counter is not None and chunk > 1:
-            lead = memories[self.program.counter][:, 0, 0, 0].round().long() % chunk  # all heads have seen as many tokens
+        lead, counter = None, self.program.counter
+        if counter is not None and chunk > 1:
+            sequences = tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            seen = memories[counter][:, 0, 0, 0] if counter in memories else start.new_zeros(sequences)  # the same in all heads
+            lead = seen.round().long() % chunk
         grid = (aten_tiles.Packed(tokens.shape[1], chunk, cu_seqlens, lead) if cu_seqlens is not None
                 else aten_tiles.Dense(tokens.shape[1], chunk, device) if lead is None
                 else aten_tiles.Shifted(tokens.shape[1], chunk, lead))
@@ -133,6 +137,7 @@ class Compiled:
             if x.shape[2] != heads:
                 x = x.repeat_interleave(heads // x.shape[2], dim=2)
             tiles[op.attr("name")] = grid.tile(x)
+        tiles |= {n: inputs[n] for n, _ in self.program.taken}
         unit = torch.ones((1,) * 5, dtype=dtype, device=device)
         for carry in self.program.carries:
             sizes |= zip(self.program.index[carry.inp].dims, memories[carry.name].shape[-2:], strict=True)
@@ -149,6 +154,7 @@ class Compiled:
             if c == "1":  # before tokens are cut off: a tracer asks of 4 dimensions whether any T makes them contiguous
                 tile = tile.squeeze(-1)
             outputs[name] = grid.untile(tile) if r == "T" else tile.sum((0, 1)) if r == "K" else tile.sum((0, 1)).squeeze(1)
+        outputs |= {n: raw[n].contiguous() for n in self.keeps}
         ends = {c.name: raw[f"end_{c.name}"] for c in self.program.carries if f"end_{c.name}" in raw}
         return outputs, ends
 
@@ -169,9 +175,12 @@ def _emit(program: Program, schedule: Schedule) -> str:
         if bound := tuple(c for c in carries if c not in moves):
             order.append(bound)
         order += [results[name] for name in results if name in kernel.stores]
-    whole = Program(program.name, tuple(b.ops), program.carries, program.outputs)
-    done = {c.inp for c in program.carries}
-    statements: list[tuple[str, str, tuple[int, ...]]] = []  # (target, source, values used)
+    order += [i for _, i in program.kept]
+    results |= program.kept
+    whole = Program(program.name, tuple(b.ops), program.carries, program.outputs, program.kept, program.taken)
+    done = {c.inp for c in program.carries} | {i for _, i in program.taken}
+    statements: list[tuple[str, str, tuple[int, ...]]] = [  # (target, source, values used)
+        (f"v{i}", f"tiles[{n!r}]", ()) for n, i in program.taken]
 
     def compute(roots: Iterable[int]) -> None:
         for op in whole.ancestors(roots, done):
@@ -212,6 +221,19 @@ def _emit(program: Program, schedule: Schedule) -> str:
     out = [f"{n!r}: v{i}" for n, i in results.items()]
     out += [f"'end_{c.name}': end_{c.name}" for item in order if not isinstance(item, int) for c in item if isinstance(c, Carry)]
     return "\n".join([*lines, f"    return {{{', '.join(out)}}}", ""])
+
+
+def passed(program: Program) -> set[int]:
+    """What a backward program had best get from its forward: memories, what takes a series of products, and functions of
+    running sums."""
+    sums = {op.id for op in program.ops if op.kind == "cumsum"}
+    late, out = cotangents(program), {c.inp for c in program.carries if not c.reverse}
+    for op in program.ops:
+        if late & set(op.args):
+            late.add(op.id)
+        elif op.kind == "inverse" or op.kind == "form" and op.attr("wrt") == "P" or op.kind == "map" and sums & set(op.args):
+            out.add(op.id)
+    return out
 
 
 def _needed_by(program: Program, carry: Carry, carries: Iterable[Carry]) -> set[Carry]:

@@ -160,8 +160,7 @@ def rewrite(program: Program) -> Program:
                                 before=op.attr("before"))
         else:
             new[op.id] = b.emit(op.kind, op.dims, *args, **dict(op.attrs))
-    carries = tuple(Carry(c.name, new[c.inp], new[c.out], c.reverse) for c in program.carries)
-    return Program(program.name, tuple(b.ops), carries, tuple((n, new[i]) for n, i in program.outputs))
+    return program.rebuilt(b.ops, new)
 
 
 def _decays(b: _Values, g: int, before: bool) -> tuple[int, int, int]:

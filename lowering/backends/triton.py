@@ -34,12 +34,20 @@ class Compiled:
     fresh = True
     needs_memories = False
 
-    def __init__(self, program: Program, schedule: Schedule) -> None:
+    def __init__(self, program: Program, schedule: Schedule, flagged: bool = False) -> None:
         self.program, self.schedule = gather(program), schedule
-        self.source, self.kernels = emit(self.program, schedule)
+        self.source, self.kernels = emit(self.program, schedule, flagged)
+        self.keeps = tuple(n for n, _ in self.program.kept)
+        if self.keeps and self.flags:
+            self.keeps += ("_flags",)
         self.hash = kernels.digest(self.source + getsource(triton_tiles))
         self.plans: Mapping[str, Plan] = {}
         self.recordings: dict[Likeness, _Recorded] = {}
+
+    @property
+    def flags(self) -> bool:
+        """Whether kernels tell each other which chunks have mild decays."""
+        return any(k.how for k in self.kernels)
 
     @cached_property
     def functions(self) -> dict[str, Any]:
@@ -57,10 +65,11 @@ class Compiled:
     def launch(self, inputs: Mapping[str, Tensor], memories: Mapping[str, Tensor | None], chunk: int,
                cu_seqlens: Tensor | None = None, dtypes: Mapping[str, torch.dtype] | None = None,
                ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Token outputs (B, T, HV, D) or (B, T, HV), per-head outputs (HV, D) or (HV,), and the last value of every carry.
+        """Token outputs (B, T, HV, D) or (B, T, HV), per-head outputs (HV, D) or (HV,), what is kept (`keeps`), and the last
+        value of every carry.
 
-        inputs: (B, T, H or HV, D) or (B, T, HV) tokens and (HV,) or (HV, D) constants; memories: float32 (N, HV, K, V) where
-        each carry starts (reversed ones at the end of time), None for zeros; dtypes: of outputs, where not the inputs'.
+        inputs: (B, T, H or HV, D) or (B, T, HV) tokens, (HV,) or (HV, D) constants, what was kept; memories: float32 (N, HV,
+        K, V) where each carry starts (reversed ones at the end of time), None for zeros; dtypes: of outputs, where not the inputs'.
         """
         device = next(iter(inputs.values())).device
         if device.type != "cuda" or self._traced():
@@ -100,8 +109,11 @@ class _Recorded:
     def __init__(self, run: _Launch) -> None:
         given = [*(f"p_{n}" for n in run.inputs), *(f"i_{c}" for c, m in run.memories.items() if m is not None)]
         given += ["cu", "first", "owner"] if run.packed else []
-        self.kernels = Recording(run.launched, run.rooms, [*run.outputs.values(), *run.ends.values()], given)
-        self.names = [n for r in run.rooms for group in (run.outputs, run.ends) for n, x in group.items() if x is r.tensor]
+        given += run.taken_as.values()
+        results = run.outputs | run.keeps | run.ends
+        self.kernels = Recording(run.launched, run.rooms, results.values(), given)
+        self.names = [n for r in run.rooms for n, x in results.items() if x is r.tensor]
+        self.keeps, self.ends, self.taken = tuple(run.keeps), tuple(run.ends), run.taken_as
         self.chunk, self.chunks, self.heads, self.parts, self.dtypes = run.chunk, run.chunks, run.heads, run.parts, run.dtypes
         self.rows = {op.attr("name"): op.dims[1] != "1" for op in run.program.inputs("token", "head")}
 
@@ -110,11 +122,12 @@ class _Recorded:
         ready = {n: _rows(inputs[n], wide) for n, wide in self.rows.items()}
         given = {f"p_{n}": x for n, x in ready.items()}
         given |= {f"i_{c}": m.contiguous() for c, m in memories.items() if m is not None}
+        given |= {argument: inputs[n] for n, argument in self.taken.items()}
         if cu_seqlens is not None:
             given |= zip(("cu", "first", "owner"), tables(cu_seqlens, self.chunk, self.chunks), strict=True)
         made = dict(zip(self.names, self.kernels.repeat(given, next(iter(ready.values())).device), strict=True))
-        outputs = {n: made[n] for n in self.parts}
-        return finish(outputs, ready, self.parts, self.heads, self.dtypes), {n: x for n, x in made.items() if n not in outputs}
+        outputs = finish({n: made[n] for n in self.parts}, inputs, self.parts, self.heads, self.dtypes)
+        return outputs | {n: made[n] for n in self.keeps}, {n: made[n] for n in self.ends}
 
 
 class _Launch:
@@ -122,7 +135,7 @@ class _Launch:
 
     def __init__(self, compiled: Compiled, inputs: Mapping[str, Tensor], memories: Mapping[str, Tensor | None], chunk: int,
                  cu_seqlens: Tensor | None, dtypes: Mapping[str, torch.dtype]) -> None:
-        self.compiled, self.program, self.memories = compiled, compiled.program, memories
+        self.compiled, self.program, self.given, self.memories = compiled, compiled.program, inputs, memories
         self.chunk, self.dtypes = max(chunk, 16), dtypes  # matrix units take 16 rows at least
         chunk = self.chunk
         self.size: dict[str, int] = {"1": 1}
@@ -156,8 +169,9 @@ class _Launch:
             self.cu, self.first, self.owner = tables(cu_seqlens, chunk, self.chunks)
         self.rooms: list[Room] = []
         self.launched: list[Launched] = []
-        self.saved: dict[str, Tensor] = {}
-        self.flags: Tensor | None = None
+        self.saved = {f"t_{i}": inputs[n] for n, i in self.program.taken}
+        self.taken_as = {n: f"t_{i}" for n, i in self.program.taken} | ({"_flags": "_flags"} if "_flags" in inputs else {})
+        self.flags: Tensor | None = inputs.get("_flags")
         self.outputs: dict[str, Tensor] = {}
         self.parts: dict[str, int] = {}
         self.ends: dict[str, Tensor] = {}
@@ -225,7 +239,7 @@ class _Launch:
         if k.how:
             if self.flags is None:
                 self.flags = self.room((self.chunks * self.heads,), torch.int32)
-            args["flags"] = self.flags
+            args["_flags"] = self.flags
         exact = self.type == tl.float32
         if exact and k.how == "slow":
             return 0, {}
@@ -246,7 +260,7 @@ class _Launch:
 
     def _output(self, name: str, dims: Dims, blocks: int) -> Tensor:
         """Room for one output; float32 where `finish` sums over blocks, chunks or value heads."""
-        source = self.inputs.get(name[2:]) if name.startswith("d_") else None
+        source = self.given.get(name[2:]) if name.startswith("d_") else None
         last = (self.size[dims[1]],) if dims[1] != "1" else ()
         parts = (blocks,) if blocks else ()
         self.parts[name] = blocks
@@ -257,8 +271,16 @@ class _Launch:
             dtype = torch.float32
         return self.room((*parts, self.batch, self.tokens, self.heads, *last), dtype)
 
+    @property
+    def keeps(self) -> dict[str, Tensor]:
+        """What the program keeps, as kernels left it: a tile for each chunk and value head."""
+        carried = {c.inp: c.name for c in self.program.carries}
+        places = {n: carried.get(i, f"t_{i}") for n, i in self.program.kept}
+        found = {n: self.saved[place] for n, place in places.items()}
+        return found | ({"_flags": self.flags} if "_flags" in self.compiled.keeps and self.flags is not None else {})
+
     def finish(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return finish(self.outputs, self.inputs, self.parts, self.heads, self.dtypes), self.ends
+        return finish(self.outputs, self.given, self.parts, self.heads, self.dtypes) | self.keeps, self.ends
 
 
 def _rows(x: Tensor, wide: bool) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lsmc.ir import Op, Program, operand
+from lsmc.keep import cotangents
 from lsmc.schedules import Kernel, Schedule
 from lsmc.schedules.order import order, peak
 
@@ -60,9 +61,10 @@ def costly(program: Program, schedule: Schedule) -> set[int]:
     a scan would otherwise compute serially."""
     free, dear, columns = set[int](), set[int](), set[int]()
     corrects = any(op.kind == "inverse" for op in program.ops)
+    late = cotangents(program) if program.name.endswith("_backward") else set()
+    late |= {i for _, i in program.taken}
     for op in program.ops:
-        outside = op.kind == "input" and (op.attr("role") == "carry" or f"d_{op.attr('name')}" not in dict(program.outputs)
-                                          and program.name.endswith("_backward"))
+        outside = op.id in late or op.kind == "input" and op.attr("role") == "carry"
         if not outside and all(a in free for a in op.args):
             free.add(op.id)
             sums = op.kind in ("cumsum", "sum") and program.index[op.args[0]].dims[0] == "T"
@@ -78,7 +80,24 @@ def costly(program: Program, schedule: Schedule) -> set[int]:
                 out |= {a for a in op.args if a in columns}
             if op.id not in free or op.kind == "matmul":
                 out |= {a for a in op.args if a in dear and program.index[a].dims not in (("K", "V"), ("V", "K"))}
+    memories = {c.inp for c in program.carries}
+    out |= {i for i in _kept(program) if not memories & {op.id for op in program.ancestors([i])}}
     return out - {i for _, i in program.outputs}
+
+
+def _kept(program: Program) -> set[int]:
+    """What the program keeps besides memories: what follows from one is made by its scan."""
+    return {i for _, i in program.kept} - {c.inp for c in program.carries}
+
+
+def passed(program: Program, schedule: Schedule) -> set[int]:
+    """What the launches of a backward program that no cotangent enters leave to the others: memories and values made."""
+    late, out = cotangents(program), set[int]()
+    for p in pieces(program, schedule):
+        body = {op.id for op in program.ancestors(p.roots(program), p.known)} | _taken(program, p)
+        made = {*p.makes, *(c.inp for c in program.carries if c.name in p.kernel.saves)}
+        late, out = (late | made, out) if body & late else (late, out | made)
+    return out
 
 
 def shares(program: Program, body: Iterable[Op], dim: str) -> set[int] | None:
@@ -160,23 +179,25 @@ def block(program: Program, piece: Piece) -> int:
 def pieces(program: Program, schedule: Schedule) -> tuple[Piece, ...]:
     """The launches of a schedule, in order."""
     dear = costly(program, schedule)
-    kept = set[int]()
+    given = {i for _, i in program.taken}
+    kept = set(given)
     out: list[Piece] = []
     for k in _settled(program, schedule.kernels):
         out += _part(program, k, dear | kept)
         kept |= through(program, k)
     if len(out) == 1 and not out[0].kernel.carries:
-        return (Piece(out[0].kernel, frozenset(), (), out[0].split),)
+        return (Piece(out[0].kernel, frozenset(given), (), out[0].split),)
     done: list[Piece] = []
     for p in reversed(out):  # who makes a value that later pieces take
-        wanted = set().union(*(_taken(program, q) for q in done)) - set().union(*(q.makes for q in done))
+        wanted = set().union(_kept(program), *(_taken(program, q) for q in done)) - set().union(given, *(q.makes for q in done))
         mine = tuple(sorted(through(program, p.kernel) & wanted - p.known))
         done.append(Piece(p.kernel, p.known, mine, p.split))
-    used = set().union(*(_taken(program, p) for p in done)) & dear
+    used = set().union(_kept(program), *(_taken(program, p) for p in done)) & dear - set().union(*(p.makes for p in done))
     if used:
         made = tuple(sorted(used))
         dim = _loop(program, program.ancestors(made))
-        done.append(Piece(Kernel("prepare", (), (), ()), frozenset(), made, dim, inner=dim is not None))
+        done.append(Piece(Kernel("prepare", (), (), ()), frozenset(given), made, dim, inner=dim is not None))
+    assert _kept(program) <= set().union(*(p.makes for p in done)), "what is kept is made by a launch"
     return tuple(reversed(done))
 
 

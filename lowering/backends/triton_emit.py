@@ -66,18 +66,17 @@ def gates(program: Program) -> set[int]:
     return out
 
 
-def emit(program: Program, schedule: Schedule) -> tuple[str, tuple[Emitted, ...]]:
-    """The module's source and its kernels."""
+def emit(program: Program, schedule: Schedule, flagged: bool = False) -> tuple[str, tuple[Emitted, ...]]:
+    """The module's source and its kernels; `flagged`: flags of mild chunks come with what the forward program kept."""
     parts: list[Emitted] = []
-    flagged = False
     cut = pieces(program, schedule)
-    made = {i for p in cut for i in p.makes}
+    made = {i for p in cut for i in p.makes} | {i for _, i in program.taken}
     every = [replace(p, known=p.known & made) for p in cut]
     for n, p in enumerate(every):
         writers = [_Writer(program, p)]
         if writers[0].decays and not p.kernel.carries and (p.makes or flagged):
             later = {i for q in every[n + 1:] if not q.kernel.carries for i in _Writer(program, q).decays}
-            first = _Writer(program, p, "first", later=later) if p.makes else _Writer(program, p, "fast")
+            first = _Writer(program, p, "fast") if flagged else _Writer(program, p, "first", later=later)
             writers = [first, _Writer(program, p, "slow")]
             flagged = True
         parts += [w.run() for w in writers]
@@ -277,7 +276,7 @@ class _Writer:
             args += [f"i_{c.name}", f"e_{c.name}", *([f"s_{c.name}"] * (c.name in self.kernel.saves))]
         args += [f"s_{c.name}" for c in self.loads]
         args += [f"t_{op.id}" for op in (*self.makes, *self.takes)]
-        args += ["flags"] if self.how else []
+        args += ["_flags"] if self.how else []
         args += ["cu", "first", "owner", "B", "T", "HV", "COUNT", "CHUNKS"]
         args += [f"{n}: tl.constexpr" for n in ("C", "LEVELS", "K", "V", "BK", "BV", "PACKED", "HOW", "DT")]
         args += [f"HAS_{c.name}: tl.constexpr" for c in self.carries]
@@ -392,10 +391,10 @@ class _Writer:
             self.done.add(c.inp)
         if self.how == "fast":
             w("if HOW == 0:")
-            w("    if tl.load(flags + saved) == 0:")
+            w("    if tl.load(_flags + saved) == 0:")
             w("        return")
         elif self.how == "slow":
-            w("if tl.load(flags + saved) == 0:")
+            w("if tl.load(_flags + saved) == 0:")
             self.indent += 1
         if self.mild:
             w("if HOW == 0:")
@@ -423,7 +422,7 @@ class _Writer:
             self.line(f"fine = {' & '.join(['tl.full([], 1, tl.int32)', *sums])}")
         self._values()
         if self.judged:
-            self.line("tl.store(flags + saved, fine)")
+            self.line("tl.store(_flags + saved, fine)")
 
     def _values(self) -> None:
         for phase in sorted({*self.phases.values()}):
@@ -592,7 +591,7 @@ class _Writer:
     def _op(self, op: Op) -> None:
         if op.id in self.scaled or op.id in self.traced:
             return
-        for i in [j for a in op.args for j in self.scaled.get(a, (a,))]:
+        for i in [j for a in op.args for j in self.scaled.get(a) or self.traced.get(a) or (a,)]:
             if i in self.piece.known and i not in self.done:
                 at, mask = self._tile(self.program.index[i])
                 self.line(f"{self.v(i)} = tl.load({at}, mask={mask}{'' if mask == 'None' else ', other=0.0'})")

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import sympy
 
 from lsmc.functions import exp
-from lsmc.ir import Builder, Carry, Op, Program, operand
+from lsmc.ir import Builder, Op, Program, operand
 from lsmc.lowering.backends.triton_sums import plain_sum, product, together
 
 Term = tuple[sympy.Expr, tuple[int, ...]]
@@ -41,8 +41,7 @@ def mild(program: Program) -> tuple[Program, dict[int, int]]:
             new[op.id] = b.map(*_shared(b, program, op, args, decays))
         else:
             new[op.id] = b.emit(op.kind, op.dims, *args, **dict(op.attrs))
-    carries = tuple(Carry(c.name, new[c.inp], new[c.out], c.reverse) for c in program.carries)
-    return Program(program.name, tuple(b.ops), carries, tuple((n, new[i]) for n, i in program.outputs)), new
+    return program.rebuilt(b.ops, new), new
 
 
 class _Factored(Builder):

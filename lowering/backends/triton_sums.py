@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sympy
 
-from lsmc.ir import Builder, Carry, Op, Program, operand, prune, verify
+from lsmc.ir import Builder, Op, Program, operand, prune, verify
 
 
 def gather(program: Program) -> Program:
@@ -26,8 +26,7 @@ def gather(program: Program) -> Program:
             new[op.id] = plain_sum(op) and together(b, args) or b.map(op.attr("expr"), *args)
         else:
             new[op.id] = b.emit(op.kind, op.dims, *args, **dict(op.attrs))
-    carries = tuple(Carry(c.name, new[c.inp], new[c.out], c.reverse) for c in program.carries)
-    return verify(prune(Program(program.name, tuple(b.ops), carries, tuple((n, new[i]) for n, i in program.outputs))))
+    return verify(prune(program.rebuilt(b.ops, new)))
 
 
 def product(b: Builder, a: int) -> tuple[sympy.Expr, tuple[int, ...]]:

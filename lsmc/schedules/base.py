@@ -62,9 +62,10 @@ Cut = Callable[[Program], Schedule]
 
 
 def needed(program: Program, kernels: list[Kernel]) -> tuple[Kernel, ...]:
-    """Save only the carries that a later kernel reads back; drop kernels that are left with nothing to do."""
+    """Save only the carries that a later kernel reads back or the program keeps; drop kernels with nothing left to do."""
     out: list[Kernel] = []
-    wanted: set[str] = set()
+    kept = {i for _, i in program.kept}
+    wanted = {c.name for c in program.carries if c.inp in kept}
     for k in reversed(kernels):
         k = Kernel(k.name, k.carries, tuple(s for s in k.saves if s in wanted), k.stores)
         ends = any(not program.name.endswith("_backward") or c.reverse for c in program.carries if c.name in k.carries)

@@ -85,6 +85,8 @@ def cost(program: Program, kernel: Kernel, s: Shape) -> Cost:
                       for op in ops if op.kind == "input" and op.id not in kernel.own(program)))
     tiles += sum(s.size(program.index[i].dims) * s.element_bytes for n, i in program.outputs if n in kernel.stores)
     tiles += sum(4 * s.size(program.index[c.inp].dims) for c in program.carries if c.name in kernel.saves)
+    used = {a for op in ops for a in op.args}
+    tiles += sum(s.size(program.index[i].dims) * s.element_bytes for _, i in program.taken if i in used)
     flops = sum(_flops(program, op, s) for op in ops)
     carried = {c.inp: c.out for c in program.carries if c.name in kernel.carries}
     depth = 1

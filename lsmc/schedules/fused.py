@@ -17,7 +17,7 @@ def fused(program: Program) -> Schedule:
     reverse = tuple(c.name for c in program.carries if c.reverse)
     early = tuple(n for n, i in program.outputs if not back & {op.id for op in program.ancestors([i])})
     if not reverse:
-        return Schedule("fused", (Kernel("scan", forward, (), early),))
+        return Schedule("fused", needed(program, [Kernel("scan", forward, forward, early)]))
     needs_memory = any(op.attr("role") == "carry" for n, i in program.outputs if n in early
                        for op in program.ancestors([i]) if op.kind == "input")
     late = tuple(n for n, _ in program.outputs if n not in early or not needs_memory)

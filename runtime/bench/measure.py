@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lsmc.adjoint import differentiate
 from lsmc.cases import Case, sample, tensors
-from lsmc.pipeline import CHUNK, Options, compile_plan
+from lsmc.chunk import derive
+from lsmc.pipeline import CHUNK
 from lsmc.reference import reference
 from lsmc.runtime.bench.contenders import CONTENDERS, OURS, Absent, Function
 from lsmc.runtime.errors import LsmConfigError
@@ -336,10 +338,10 @@ def _from_graph(call: Callable[[], Any], notes: list[str]) -> float | None:
 
 def _flops(declaration: Any, shape: Sizes) -> tuple[float, float]:
     batch, tokens, heads, key_dim, value_dim = shape
-    plan = compile_plan(declaration.canonical, Options())
+    forward = derive(declaration.canonical)
     sizes = Shape(batch * heads, tokens, key_dim, value_dim, CHUNK)
     found = []
-    for program in (plan.forward.program, plan.backward.program):
+    for program in (forward, differentiate(forward)):
         whole = Kernel("whole", tuple(c.name for c in program.carries), (), tuple(name for name, _ in program.outputs))
         found.append(cost(program, whole, sizes).flops)
     return found[0], sum(found)

@@ -98,7 +98,7 @@ def ratio(a: Tensor, b: Tensor) -> float:
 def make(name: str, schedule: str | None, chunk: int = 64) -> tuple[Canonical, Any, Any, list[tuple[str, tuple[str, str]]]]:
     c = getattr(lsmc.zoo, name).canonical
     plan = compile_plan(c, Options(schedule=schedule, chunk=chunk, target="triton"))
-    f, r = (backend.Compiled(d.program, d.choice.schedule) for d in (plan.forward, plan.backward))
+    f, r = plan.training.executable, plan.backward.executable
     return c, f, r, [(ca.name, f.program.index[ca.inp].dims) for ca in f.program.carries]
 
 
@@ -195,12 +195,14 @@ def launches(name: str, schedule: str | None, b: int, t: int, h: int) -> list[tu
     size = {"K": 128, "V": 128, "1": 1}
     start = {n: torch.zeros(b, h, size[a], size[d], device="cuda") for n, (a, d) in carries}
     out = []
+    kept: dict[str, Tensor] = {}
     x2 = {**x, "d_o": torch.randn(b, t, h, 128, device="cuda", dtype=torch.bfloat16)}
     for compiled, tensors, memory in ((f, x, start), (r, x2, {**start, **{f"d_{n}": s for n, s in start.items()}})):
-        run = backend._Launch(compiled, tensors, memory, 64, None, {})
+        run = backend._Launch(compiled, {**tensors, **kept}, memory, 64, None, {})
         for k in compiled.kernels:
             run.kernel(k)
             out.append((run, k))
+        kept = run.keeps
     return out
 
 

@@ -39,14 +39,15 @@ def prepared(name: str, schedule: str, chunk: int, shape: str) -> dict[str, tupl
     size = {"K": 128, "V": 128, "1": 1}
     start = {n: torch.zeros(b, h, size[a], size[d], device="cuda") for n, (a, d) in carries}
     x2 = {**x, "d_o": torch.randn(b, t, h, 128, device="cuda", dtype=torch.bfloat16)}
-    out = {}
+    out, kept = {}, dict[str, torch.Tensor]()
     for compiled, tensors, memory in ((f, x, start), (r, x2, {**start, **{f"d_{n}": s for n, s in start.items()}})):
-        run = backend._Launch(compiled, tensors, memory, chunk, None, {})
+        run = backend._Launch(compiled, {**tensors, **kept}, memory, chunk, None, {})
         for k in compiled.kernels:
             run.arguments(k)
             out[k.name] = (run, k)
         if run.flags is not None:
             run.flags.fill_(1)  # all chunks are mild
+        kept = {n: x.fill_(1) if x is run.flags else x.zero_() for n, x in run.keeps.items()}
     return out
 
 

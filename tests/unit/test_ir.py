@@ -20,6 +20,7 @@ from lsmc.chunk import derive
 from lsmc.factors import hoist
 from lsmc.inputs import Sizes
 from lsmc.ir import ATTRS, KINDS, Dims, LsmIRError, Op, Program, Scanned, operand, parse
+from lsmc.keep import keep
 from lsmc.reference import _Evaluator
 from tests.declarations import Drawn, declarations
 
@@ -30,6 +31,12 @@ def programs(canonical: Canonical) -> list[Program]:
     forward = derive(canonical, 0.5)
     backward = differentiate(forward)
     return [forward, backward, hoist(forward), hoist(backward)]
+
+
+def printed(canonical: Canonical) -> list[Program]:
+    """Those, and a pair of which one hands its memories to the other."""
+    found = programs(canonical)
+    return [*found, *keep(*found[:2], [c.inp for c in found[0].carries])]
 
 
 # --- an interpreter of one chunk, by the table of `lsmc.ir`
@@ -179,7 +186,7 @@ def test_drawn_adjoints_satisfy_the_dot_product_identity(drawn: Drawn) -> None:
 
 @zoo
 def test_a_program_is_what_it_prints(op: LSM) -> None:
-    for program in programs(op.canonical):
+    for program in printed(op.canonical):
         assert parse(str(program)) == program
         assert str(parse(str(program))) == str(program)
 
@@ -187,7 +194,7 @@ def test_a_program_is_what_it_prints(op: LSM) -> None:
 @given(drawn=declarations())
 @settings(max_examples=25)
 def test_a_drawn_program_is_what_it_prints(drawn: Drawn) -> None:
-    for program in programs(drawn.declaration().canonical):
+    for program in printed(drawn.declaration().canonical):
         assert parse(str(program)) == program
 
 

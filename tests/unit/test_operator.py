@@ -98,9 +98,11 @@ def operator_arguments(op: LSM, ends: tuple[int, ...], state: bool) -> tuple[Any
 def opcheck(op: LSM, ends: tuple[int, ...], state: bool, *tests: str) -> None:
     inputs, start, cu, spec = operator_arguments(op, ends, state)
     torch.library.opcheck(torch.ops.lsmc.fwd.default, (inputs, start, cu, spec), test_utils=tests)
-    o, *end = (x.detach() for x in torch.ops.lsmc.fwd(inputs, start, cu, spec))
+    torch.library.opcheck(torch.ops.lsmc.fwd.default, (inputs, start, cu, spec + ops.KEEP), test_utils=tests)
+    o, *rest = (x.detach() for x in torch.ops.lsmc.fwd(inputs, start, cu, spec + ops.KEEP))
+    ends = len(ops.plan_of(spec).carries)
     values = [x.detach() for x in inputs], [x.detach() for x in start]
-    torch.library.opcheck(torch.ops.lsmc.bwd.default, (*values, cu, o, end, spec), test_utils=tests)
+    torch.library.opcheck(torch.ops.lsmc.bwd.default, (*values, cu, o, rest[:ends], rest[ends:], spec), test_utils=tests)
 
 
 @given(drawn=declarations(), ends=st.sampled_from([(), ENDS]), state=st.booleans())
@@ -283,6 +285,21 @@ def test_autocast_casts_queries_keys_and_values_only(op: LSM) -> None:
     assert all(torch.equal(x, y) for x, y in zip(auto, hand))
     dx, dy = gradients(auto, leaves), gradients(hand, leaves)
     assert all(x.dtype == torch.float32 and torch.equal(x, y) for x, y in zip(dx, dy))
+
+
+@given(drawn=declarations(), ends=st.sampled_from([(), ENDS]))
+@settings(max_examples=8)
+def test_recomputing_gives_the_same_numbers_and_holds_inputs_only(drawn: Drawn, ends: tuple[int, ...]) -> None:
+    """What the forward keeps for the backward is what the backward else works out again."""
+    op, case = drawn.declaration(), Case(batch=1 if ends else 2, time=9, groups=2, key_dim=3, value_dim=2, initial_state=True)
+    given = sample(op, case, batch=len(ends) or None)
+    held: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: held.append(x) or x, lambda x: x):  # type: ignore[func-returns-value]
+        again = both(op, given, chunk=4, recompute=True, **packed(*ends))
+    for x, y in zip(both(op, given, chunk=4, **packed(*ends)), again, strict=True):
+        assert torch.allclose(x, y, rtol=1e-10, atol=1e-10)
+    known = [*given.inputs.values(), *tensors(given.state)]
+    assert all(any(x.numel() == y.numel() for y in known) for x in held if x.is_floating_point())
 
 
 @each(*METHODS)

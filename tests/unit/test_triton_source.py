@@ -31,7 +31,7 @@ DECLARATIONS = [m for m in zoo.METHODS if able("triton", derive(m.canonical)) ==
 def sources(method: LSM) -> Iterator[str]:
     for schedule in CUTS:
         plan = compile_plan(method.canonical, Options(schedule=schedule, target="triton"))
-        for direction in (plan.forward, plan.backward):
+        for direction in (plan.forward, plan.training, plan.backward):
             executable: Any = direction.executable
             yield executable.source
 

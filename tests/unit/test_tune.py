@@ -132,7 +132,7 @@ def test_a_method_without_kernels_is_refused_by_name() -> None:
 @pytest.mark.parametrize("shape", [Shape(128, 4096, 128, 128), Shape(8, 16384, 64, 96), Shape(4, 64, 16, 8)], ids=str)
 def test_candidates_are_few_valid_and_begin_with_the_default(name: str, shape: Shape) -> None:
     plan = compile_plan(getattr(zoo, name).canonical, Options(target="triton"), shape)
-    for direction in (plan.forward, plan.backward):
+    for direction in (plan.forward, plan.training, plan.backward):
         made: Any = direction.executable
         found, usual = candidates(made, shape), defaults(made, shape)
         assert set(found) == {k.kernel.name for k in made.kernels}
