@@ -13,14 +13,17 @@ import triton.language as tl
 from torch import Tensor
 
 from lsmc.ir import Dims, Program
-from lsmc.lowering import kernels
+from lsmc.lowering import kernels, ptxas
 from lsmc.lowering.backends import triton_tiles
+from lsmc.lowering.backends.triton_cut import WIDE
 from lsmc.lowering.backends.triton_emit import Emitted, emit
 from lsmc.lowering.backends.triton_record import Launched, Likeness, Recording, Room, likeness, recordable
 from lsmc.lowering.backends.triton_sums import gather
 from lsmc.lowering.tuned import store
 from lsmc.lowering.tuned.store import Like, Plan
 from lsmc.schedules import Schedule
+
+ptxas.select()
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -315,8 +318,8 @@ def finish(outputs: Mapping[str, Tensor], inputs: Mapping[str, Tensor], parts: M
 
 
 def plan_of(k: Emitted, key: int, value: int, sequences: int, chunk: int) -> Plan:
-    """Block sizes, warps and pipeline stages of one launch."""
+    """Block sizes, warps and pipeline stages of one launch: no narrow blocks over chunks by a ptxas that gets them wrong."""
     size = {"K": max(16, triton.next_power_of_2(key)), "V": max(16, triton.next_power_of_2(value))}
     if k.split:
-        size[k.split] = min(size[k.split], k.block)
+        size[k.split] = min(size[k.split], k.block if k.scan or ptxas.sound() else max(k.block, WIDE))
     return {"BK": size["K"], "BV": size["V"], "num_warps": 4, "num_stages": 2 if k.scan or k.inner else 1}
