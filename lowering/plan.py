@@ -107,7 +107,13 @@ class Direction:
 
             flagged = self.before is not None and "_flags" in self.before.executable.keeps
             return triton.Compiled(self.program, self.choice.schedule, flagged)
-        return aten.Compiled(self.program, self.choice.schedule)
+        return _aten(self.program, self.choice.schedule)
+
+
+@functools.lru_cache(maxsize=128)
+def _aten(program: Program, schedule: Schedule) -> aten.Compiled:
+    """The same for all sizes at which the schedule is chosen."""
+    return aten.Compiled(program, schedule)
 
 
 @dataclass(frozen=True)

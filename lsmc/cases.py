@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from itertools import product
+from itertools import cycle, product
 from typing import Any
 
 import sympy
@@ -186,9 +186,13 @@ ELSEWHERE = 1 / 16
 
 
 def _read_elsewhere(canonical: Any) -> set[Field]:
-    """The inputs in keys of reads that correct what is written at another key."""
-    pairs = [(r.key, w.key) for r in canonical.reads for w in canonical.writes if r.symbol in w.value.free_symbols]
-    return {f for read, written in pairs if read != written for f in read.free_symbols - written.free_symbols}
+    """The inputs in keys of reads that correct what is written at other keys only."""
+    found = set()
+    for r in canonical.reads:
+        written = {w.key for w in canonical.writes if r.symbol in w.value.free_symbols}
+        if r.key not in written:
+            found |= r.key.free_symbols - set().union(*(key.free_symbols for key in written))
+    return found
 
 
 def _shape(item: Any, case: Case) -> tuple[int, ...]:
@@ -252,10 +256,10 @@ def _evaluate(expr: sympy.Expr, points: Mapping[Field, Tensor]) -> Tensor:
 
 
 CORNERS = tuple(
-    Case(batch=2, time=37, groups=2, key_dim=3, value_dim=2, gates=gates, initial_state=True, cuts=(5, 5, 21))
-    for gates in GATES
+    Case(batch=2, time=chunk + 21, groups=2, key_dim=3, value_dim=2, chunk=chunk, gates=gates, initial_state=True, cuts=(5, 5, 21))
+    for gates, chunk in zip(GATES, cycle(CHUNKS))
 )
-"""Tested after the random cases: every range of gates over several chunks, from an initial state."""
+"""Tested after the random cases: every range of gates and every chunk length, over two chunks, from an initial state."""
 
 
 def cases(seed: int = 0) -> Any:

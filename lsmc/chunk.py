@@ -3,7 +3,7 @@
 With g the log decay, e^{prefix g} the decay from the chunk's start and e^{suffix g} to its end::
 
     R   = X̃ M₀ + ⟨X, K⟩_g U          X̃ = x ⊙ e^{prefix g}; the prefix leaves out the token's own decay for undecayed reads
-    U   = c + b R                     so (I − b⟨X, K⟩_g) U = c + b X̃ M₀, a unit lower-triangular solve
+    U   = c + b R                     so (I − b⟨X, K⟩_g) U = c + b X̃ M₀, a unit lower-triangular solve; of several keys, by blocks
     O   = Q̃ M₀ + ⟨Q, K⟩_g U
     M_C = e^{total g} ⊙ M₀ + (K ⊙ e^{suffix g})ᵀ U
 
@@ -55,8 +55,8 @@ def derive(canonical: Canonical, scale: float = 1.0) -> Program:
     """The chunk program of a canonical method; `scale` multiplies q.
 
     Raises, where reads are not of a block's start, `LsmNotAffineError` when what is written is not affine in what is read, and
-    `LsmNoChunkFormError` when a memory that decays along V is read by its own update or several writes correct what they
-    read; and when momentum meets a decay over K or V or a rotation.
+    `LsmNoChunkFormError` when a memory that decays along V is read by its own update; and when momentum meets a decay over K
+    or V or a rotation.
     """
     return _Derivation(canonical, scale).run()
 
@@ -235,7 +235,7 @@ class _Derivation:
             return [_Written(self.b.valid(self._key(w.key)), self.lower(w.value, ("T", "V")), None) for w in self.c.writes]
         symbols = [r.symbol for r in self.c.reads]
         plain: list[_Written] = []
-        correcting: list[tuple[_Written, sympy.Expr]] = []
+        correcting: list[tuple[_Written, sympy.Tuple]] = []
         for w in self.c.writes:
             if bent(w.value, symbols):
                 used = [r for r in self.c.reads if w.value.has(r.symbol)]
@@ -250,35 +250,56 @@ class _Derivation:
                 correcting.append((out, sympy.Tuple(*(coefs[s] for s in symbols))))
             else:
                 plain.append(out)
-        if len(correcting) > 1:
-            raise _no_chunk_form(self.c, f"{len(correcting)} writes at different keys depend on what is read",
-                                 "write the correction at one key")
-        for out, coefs in correcting:
-            self._solve(out, coefs, plain)
-            plain.append(out)
-        return plain
+        if correcting:
+            self._solve(correcting, plain)
+        return plain + [out for out, _ in correcting]
 
-    def _solve(self, out: _Written, coefs: sympy.Tuple, known: list[_Written]) -> None:
-        """U = c + Σ_r b_r R_r, whose R_r read U itself at earlier tokens: one unit lower-triangular solve. What the normaliser
-        reads of itself corrects in the same way what is written to it."""
-        rhs, system = [out.value], []
-        ones = None if out.one is None else [out.one]
-        for read, coef in zip(self.c.reads, coefs, strict=True):
-            if coef == 0:
-                continue
-            b = self.lower(coef)
-            if self.b.dims(b)[1] != "1":
-                raise _no_chunk_form(self.c, f"the read is weighted by {coef}, which varies along V",
-                                     "weight it by a scalar per token")
-            key = self._key(read.key, read.of)
-            rhs.append(self.b.mul(b, self._through_memory(key, read.at, read.of)))
-            rhs += [self.b.mul(b, self._from_write(key, read.at, w.into(read.of, self._rows()), w.value)) for w in known]
-            system.append(self.b.map(-operand(0) * operand(1), b, self._weights(key, read.at, out.into(read.of, self._rows()))))
-            if ones is not None:
-                ones.append(self.b.mul(b, self._through_memory(key, read.at, NORMALIZER)))
-                ones += [self.b.mul(b, self._from_write(key, read.at, w, w.one)) for w in known if w.one is not None]
-        out.value = self.b.solve(self.b.add(*system), self.b.add(*rhs))
-        out.one = None if ones is None else self.b.solve(self.b.add(*system), self.b.add(*ones))
+    def _solve(self, correcting: list[tuple[_Written, sympy.Tuple]], known: list[_Written]) -> None:
+        """U_n = c_n + Σ_r b_nr R_r, whose R_r read every U at earlier tokens: L_nj = −Σ_r b_nr ⟨X_r, K_j⟩_g, strictly lower
+        triangular. What the normaliser reads of itself corrects in the same way what is written to it."""
+        b, lower, sides = self.b, list[list[int]](), list[list[int]]()
+        for out, coefs in correcting:
+            rhs, ones, system = [out.value], [] if out.one is None else [out.one], [list[int]() for _ in correcting]
+            for read, coef in zip(self.c.reads, coefs, strict=True):
+                if coef == 0:
+                    continue
+                weight = self.lower(coef)
+                if b.dims(weight)[1] != "1":
+                    raise _no_chunk_form(self.c, f"the read is weighted by {coef}, which varies along V",
+                                         "weight it by a scalar per token")
+                key = self._key(read.key, read.of)
+                rhs.append(b.mul(weight, self._through_memory(key, read.at, read.of)))
+                rhs += [b.mul(weight, self._from_write(key, read.at, w.into(read.of, self._rows()), w.value)) for w in known]
+                for terms, (other, _) in zip(system, correcting, strict=True):
+                    into = other.into(read.of, self._rows())
+                    terms.append(b.map(-operand(0) * operand(1), weight, self._weights(key, read.at, into)))
+                if ones:
+                    ones.append(b.mul(weight, self._through_memory(key, read.at, NORMALIZER)))
+                    ones += [b.mul(weight, self._from_write(key, read.at, w, w.one)) for w in known if w.one is not None]
+            lower.append([b.add(*terms) for terms in system])
+            sides.append([b.add(*side) for side in (rhs, ones) if side])
+        for (out, _), (value, *one) in zip(correcting, self._eliminate(lower, sides), strict=True):
+            out.value, out.one = value, one[0] if one else None
+
+    def _eliminate(self, lower: list[list[int]], sides: list[list[int]]) -> list[list[int]]:
+        """X of Σ_j (δ_nj + L_nj) X_j = B_n, over blocks that are strictly lower triangular each: so is what elimination leaves
+        of them, and every pivot I + L is a unit lower-triangular solve."""
+        b, blocks = self.b, range(len(lower))
+
+        def less(xs: list[int], n: int, j: int, ys: list[int]) -> list[int]:
+            return [b.map(operand(0) - operand(1), x, b.matmul(lower[n][j], y)) for x, y in zip(xs, ys, strict=True)]
+
+        for n in blocks:
+            pivot = lower[n][n]
+            sides[n] = [b.solve(pivot, x) for x in sides[n]]
+            lower[n][n + 1:] = [b.solve(pivot, x) for x in lower[n][n + 1:]]
+            for i in blocks[n + 1:]:
+                sides[i] = less(sides[i], i, n, sides[n])
+                lower[i][n + 1:] = less(lower[i][n + 1:], i, n, lower[n][n + 1:])
+        for n in reversed(blocks):
+            for j in blocks[n + 1:]:
+                sides[n] = less(sides[n], n, j, sides[j])
+        return sides
 
     def _query(self, query: Query, writes: list[_Written]) -> int:
         key = self._key(query.key, query.of)

@@ -225,8 +225,10 @@ def _need(term: Term, allowed: tuple[frozenset[str], ...], kind: str, where: Whe
     spot = where.at(0) if where else None
     if isinstance(term, Memory) or term.expr.free_symbols & MEMORIES:
         raise LsmDeclarationError(
-            f"the decay {term!r} depends on the memory", where=spot, help="decays depend on inputs only"
-        )
+            f"the decay {term!r} depends on the memory", where=spot,
+            help="decays depend on inputs only: gates that mix in what was read make each step a nonlinear function of the last, "
+            "so that no chunk of tokens could be computed together",
+        )  # fmt: skip
     if term.dims not in allowed:
         want = " or ".join(show_dims(dims) for dims in allowed)
         kinds = {

@@ -220,6 +220,10 @@ class Builder:
         return self.emit("map", broadcast(*(self.dims(a) for a in used)), *used, expr=expr)
 
     def add(self, *args: int) -> int:
+        """The sum; of more operands than a map takes, in parts."""
+        most = KINDS["map"][-1]
+        while len(args) > most:
+            args = (self.add(*args[:most]), *args[most:])
         return args[0] if len(args) == 1 else self.map(sympy.Add(*(operand(i) for i in range(len(args)))), *args)
 
     def mul(self, *args: int) -> int:

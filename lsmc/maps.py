@@ -11,7 +11,7 @@ from __future__ import annotations
 import sympy
 
 from lsmc import functions as f
-from lsmc.errors import LsmDimsError, here
+from lsmc.errors import LsmDelayError, LsmDimsError, here
 from lsmc.expr import DIM_SYMBOL, K, Max, Pairs, Sum, contract, number, rows_of, show_dims
 from lsmc.terms import Term, as_term, vector_of
 
@@ -97,6 +97,20 @@ def sign(x: object) -> Term:
     return _elementwise(f.sign, x)
 
 
+def maximum(x: object, y: object) -> Term:
+    """max(x, y), elementwise; where they are equal, its derivative is that of y."""
+    where = here()
+    a, b = as_term(x, where, 0), as_term(y, where, 1)
+    return b + _elementwise(f.relu, a - b)
+
+
+def minimum(x: object, y: object) -> Term:
+    """min(x, y), elementwise; where they are equal, its derivative is that of y."""
+    where = here()
+    a, b = as_term(x, where, 0), as_term(y, where, 1)
+    return b - _elementwise(f.relu, b - a)
+
+
 def sqrt(x: object) -> Term:
     """√x, x ≥ 0."""
     return _elementwise(sympy.sqrt, x)
@@ -136,8 +150,15 @@ def pairs(x: object) -> Term:
 
 
 def softmax(x: object) -> Term:
-    """e^{xᵢ} / Σⱼ e^{xⱼ} over the dim of a vector."""
+    """e^{xᵢ} / Σⱼ e^{xⱼ} over the dim of a vector.  Raises LsmDelayError for a scalar: there is no softmax over tokens."""
     where = here()
+    given = as_term(x, where, 0)
+    if not given.dims:
+        raise LsmDelayError(
+            f"{given!r} is one number for each token: a softmax over tokens looks at all earlier ones, and a step sees them only "
+            "through the memory, K × V numbers however many they are", where=where.at(0) if where else None,
+            help="(q @ M) / (q @ M.normalizer) weights tokens by products of feature maps, such as exp(q) and exp(k)",
+        )  # fmt: skip
     term, dim = vector_of(x, where, "softmax")
     shifted = f.exp(term.expr - Max(DIM_SYMBOL[dim], term.expr))
     return Term(shifted / Sum(DIM_SYMBOL[dim], shifted), where)

@@ -8,6 +8,7 @@ as they are made.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -69,10 +70,10 @@ def compile_plan(canonical: Canonical, options: Options, shape: Shape = TYPICAL)
     if canonical.block is not None:  # blocks are whole chunks, or parts of one
         options = replace(options, chunk=min(options.chunk, canonical.block & -canonical.block))
         shape = replace(shape, chunk=options.chunk)
-    program = derive(canonical, options.scale)
-    forward = _log("chunk", hoist(program))
-    backward = _log("backward", hoist(differentiate(program)))
-    target = able(options.target, program)
+    chunk, forward, backward = _programs(canonical, options.scale)
+    _log("chunk", forward)
+    _log("backward", backward)
+    target = able(options.target, chunk)
     cuts = tuple(CUTS[n] for n in CUTS if options.schedule in (None, n))
 
     def direction(program: Program, before: Direction | None = None) -> Direction:
@@ -93,6 +94,13 @@ def compile_plan(canonical: Canonical, options: Options, shape: Shape = TYPICAL)
     return Plan(canonical, options.scale, options.chunk, shape, alone, training, last, derive_other)
 
 
+@functools.lru_cache(maxsize=64)
+def _programs(canonical: Canonical, scale: float) -> tuple[Program, Program, Program]:
+    """The chunk program, and as it is scheduled with its backward program: the same for all sizes and chunk lengths."""
+    chunk = derive(canonical, scale)
+    return chunk, hoist(chunk), hoist(differentiate(chunk))
+
+
 def stages(canonical: Canonical, options: Options, shape: Shape = TYPICAL) -> dict[str, str]:
     """Every stage of a method as text, in order."""
     return texts(compile_plan(canonical, options, shape))
@@ -103,7 +111,7 @@ def texts(plan: Plan) -> dict[str, str]:
     text: dict[str, Callable[[], object]] = {
         "canonical": lambda: plan.canonical,
         "chunk": lambda: plan.forward.program,
-        "backward": lambda: hoist(differentiate(derive(plan.canonical, plan.scale))),
+        "backward": lambda: _programs(plan.canonical, plan.scale)[2],
         "schedule": lambda: _measured(plan.training),
         "backward_schedule": lambda: _measured(plan.backward),
         "source": lambda: plan.training.executable.source,

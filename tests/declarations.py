@@ -87,6 +87,8 @@ VALUES: dict[str, Callable[[Term, Term], Term]] = {
     "strength": lambda write, key: scalar("beta") * write,
     "a write per head": lambda write, key: write + outer(vector("w", per="head"), v),
     "two writes": lambda write, key: scalar("beta") * write + outer(lsmc.tanh(vector("w")), lsmc.tanh(v)),
+    "a write that corrects the first": lambda write, key: write + scalar("beta") * outer(
+        other := lsmc.l2norm(vector("w")), v - other @ (M.decayed + write)),
 }
 
 READOUTS: dict[str, Callable[[Term, Term], Term]] = {
@@ -144,10 +146,11 @@ def declarations(draw: st.DrawFn) -> Drawn:
     decay = draw(st.sampled_from(list(DECAYS)))
     read = "none" if decay in OVER_V else draw(st.sampled_from(list(READS)))
     momentum = draw(st.sampled_from(list(MOMENTA))) if decay in PLAIN else "none"
-    alone = read == momentum == "none" and decay not in (*OVER_V, *ROTATING)
+    alone = momentum == "none" and decay not in (*OVER_V, *ROTATING)
     readout = draw(st.sampled_from([r for r in READOUTS if r != "normaliser" or alone]))
     maps = POSITIVE if readout == "normaliser" else tuple(MAPS)
-    values = [name for name in VALUES if readout != "normaliser" or "write" not in name]
+    values = [name for name in VALUES if (readout != "normaliser" or name not in ("a write per head", "two writes"))
+              and (decay not in OVER_V or "corrects" not in name)]
     made = Drawn(
         decay=decay,
         read=read,

@@ -209,7 +209,7 @@ def move(b: Builder, program: Program, carry: Carry) -> Move | None:
     """
     best: tuple[int, Move, Builder] | None = None
     for op in program.ancestors([carry.out], [carry.inp]):
-        if op.dims[0] != "T" or op.id == carry.inp:
+        if op.dims[0] != "T" or op.id == carry.inp or _mixed_beside(program, carry, op.id):
             continue
         trial = Builder(b.ops)
         if (found := _through(trial, program, carry, op.id)) is not None:
@@ -225,6 +225,17 @@ def move(b: Builder, program: Program, carry: Carry) -> Move | None:
     for op in best[2].ops[len(b.ops):]:
         b.emit(op.kind, op.dims, *op.args, **dict(op.attrs))
     return best[1]
+
+
+def _mixed_beside(program: Program, carry: Carry, x: int) -> bool:
+    """Whether a product takes the memory to its next value past `x`: seen on the graph, before anything is worked out."""
+    on = {carry.inp}
+    for op in program.ancestors([carry.out], [x]):
+        if op.id != carry.inp and not on.isdisjoint(op.args):
+            if op.kind == "matmul":
+                return True
+            on.add(op.id)
+    return False
 
 
 def _through(b: Builder, program: Program, carry: Carry, x: int) -> Move | None:

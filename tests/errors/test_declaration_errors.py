@@ -69,6 +69,18 @@ PROGRAMS: list[tuple[str, str, type[errors.LsmError], str]] = [
     ("the next value", 'LSM("m", update=outer(k, v.next))', errors.LsmCausalityError, "v.next"),
     ("the next memory", 'LSM("m", update=outer(k, v), readout=q @ M.next)', errors.LsmCausalityError, "M.next"),
     ("the key before", 'LSM("m", update=outer(k[-1], v))', errors.LsmDelayError, "-1"),
+    (
+        "the softmax over products of PaTH attention",
+        'LSM("m", recurrence=(eye - scalar("beta") * outer(k, k)) @ M + outer(k, v), readout=softmax(q @ k) * v)',
+        errors.LsmDelayError,
+        "q @ k",
+    ),
+    (
+        "the memory mixing of sLSTM in a gate",
+        'LSM("m", decay=Scalar(logsigmoid(scalar("f") + v @ (q @ M))), update=outer(k, v))',
+        errors.LsmDeclarationError,
+        'logsigmoid(scalar("f") + v @ (q @ M))',
+    ),
     ("an angle over V", 'Rotation(vector("theta", over="V"))', errors.LsmDimsError, 'vector("theta", over="V")'),
     ("momentum by name", 'LSM("m", momentum="eta", update=outer(k, v))', errors.LsmDeclarationError, '"eta"'),
     ("momentum over K", 'LSM("m", momentum=Vector("h"), update=outer(k, v))', errors.LsmDimsError, 'Vector("h")'),
@@ -171,6 +183,8 @@ def test_a_method_that_is_not_affine_says_so_without_running() -> None:
 
 UNCHUNKED: list[tuple[str, type[errors.LsmError], str]] = [
     ('m = LSM("m", update=outer(k, tanh(v - k @ M)))', errors.LsmNotAffineError, "tanh"),
+    # the memory mixing of sLSTM in what is written
+    ('m = LSM("m", decay=Scalar("g"), update=outer(k, tanh(v + q @ M)))', errors.LsmNotAffineError, "not affine in R0"),
     ('m = LSM("m", update=outer(k, v - layernorm(k @ M)))', errors.LsmNotAffineError, "block=16"),
     ('m = LSM("m", update=outer(k, v), readout=q @ M + q @ matrix("A"))', errors.LsmNoChunkFormError, "outside of the decay"),
     ('m = LSM("m", decay=Matrix(matrix("A", per="head")), update=outer(k, v - k @ M))', errors.LsmNoChunkFormError, "is read by its own update"),

@@ -19,7 +19,7 @@ from lsmc.canonical import Canonical
 from lsmc.chunk import derive
 from lsmc.factors import hoist
 from lsmc.inputs import Sizes
-from lsmc.ir import ATTRS, KINDS, Dims, LsmIRError, Op, Program, Scanned, operand, parse
+from lsmc.ir import ATTRS, KINDS, Builder, Dims, LsmIRError, Op, Program, Scanned, operand, parse, verify
 from lsmc.keep import keep
 from lsmc.reference import _Evaluator
 from tests.declarations import Drawn, declarations
@@ -329,3 +329,11 @@ def test_programs_know_no_numbers_but_exact_ones() -> None:
     for program in programs(lsmc.zoo.gla.canonical):
         for op in program.ops:
             assert op.kind != "map" or not op.attr("expr").atoms(sympy.Float)
+
+
+def test_a_sum_of_more_operands_than_a_map_takes_is_made_in_parts() -> None:
+    b = Builder()
+    terms = [b.input(f"a{n}", "token", ("T", "K")) for n in range(3 * KINDS["map"][-1])]
+    total = b.add(*terms)
+    program = verify(Program("long", tuple(b.ops), (), (("o", total),)))
+    assert {op.id for op in program.ancestors([total]) if op.kind == "input"} == set(terms)
