@@ -11,8 +11,8 @@ from __future__ import annotations
 import sympy
 
 from lsmc import functions as f
-from lsmc.errors import LsmDelayError, here
-from lsmc.expr import DIM_SYMBOL, Max, Sum, contract, number
+from lsmc.errors import LsmDelayError, LsmDimsError, here
+from lsmc.expr import DIM_SYMBOL, K, Max, Pairs, Sum, contract, number, rows_of, show_dims
 from lsmc.terms import Term, as_term, vector_of
 
 
@@ -136,6 +136,19 @@ def gelu(x: object) -> Term:
     return _elementwise(lambda e: e * (1 + f.erf(e * number(0.7071067811865476))) / 2, x)
 
 
+def pairs(x: object) -> Term:
+    """vec(xᵀx): the products x_a x_b of a vector over K, so that pairs(q) @ pairs(k) = (q · k)².
+
+    As keys and queries they make a memory of K·K rows; nothing of that length is written out for a token.
+    """
+    where = here()
+    term = as_term(x, where, 0)
+    if term.dims != K or rows_of(term.expr) == {"F"}:
+        raise LsmDimsError(f"{term!r} has dims {show_dims(term.dims)}; pairs takes a vector over (K,)",
+                           where=where.at(0) if where else None, help="pairs(k), pairs(gamma * q)")  # fmt: skip
+    return Term(Pairs(term.expr), where)
+
+
 def softmax(x: object) -> Term:
     """e^{xᵢ} / Σⱼ e^{xⱼ} over the dim of a vector.  Raises LsmDelayError for a scalar: there is no softmax over tokens."""
     where = here()
@@ -156,6 +169,15 @@ def mean(x: object) -> Term:
     where = here()
     term, dim = vector_of(x, where, "mean")
     return Term(contract(dim, term.expr) / Sum(DIM_SYMBOL[dim], sympy.S.One), where)
+
+
+def layernorm(x: object, eps: float = 1e-6) -> Term:
+    """(x − mean x) / √(mean (x − mean x)² + eps) over the dim of a vector."""
+    where = here()
+    term, dim = vector_of(x, where, "layernorm")
+    n = Sum(DIM_SYMBOL[dim], sympy.S.One)
+    centred = term.expr - Sum(DIM_SYMBOL[dim], term.expr) / n
+    return Term(centred / sympy.sqrt(Sum(DIM_SYMBOL[dim], centred**2) / n + number(eps)), where)
 
 
 def l2norm(x: object, eps: float = 1e-6) -> Term:

@@ -93,7 +93,7 @@ def chunk(s: Subject) -> str:
     c, program = s.canonical, s.trail.forward
     said = "The same statements for all tokens of a chunk: rows of a tile are tokens. "
     said += ("A decay of every entry by itself does not factor into tokens: they go one after the other, in one operation, and the "
-             "states between stay where they are computed." if c.decay_kv is not None else
+             "states between stay where they are computed." if c.matrix else
              "⟨x, y⟩ holds, for each pair of tokens, what a key finds of what another wrote. Exponents are sums of log decays "
              "between two tokens: none is positive, none is a difference.")
     return section("chunk", "Chunk program", f"{statements(mathml.chunk(c))}{_kinds(program)}"

@@ -31,8 +31,8 @@ TOLERANCE = 1e-11
 """Largest RMS error over the RMS of what the other code gives, float64."""
 
 Inputs = Mapping[str, Tensor]
-Found = tuple[Tensor, Sequence[Tensor]]
-"""o (B, T, HV, V) and the final memories; none where the other code does not give them."""
+Found = tuple[Tensor | None, Sequence[Tensor]]
+"""o (B, T, HV, V) and the final memories; none where the other code does not give them, or gives others."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def entries(log: Callable[[Inputs], Tensor], written: Callable[[Inputs], Tensor]
     return call
 
 
-def skipped(f: Found, x: Inputs, name: str = "v") -> Found:
+def skipped(f: Any, x: Inputs, name: str = "v") -> Found:
     D = x["D"] if x["D"].dim() == 2 else x["D"][:, None]
     return f[0] + D * x[name], f[1]
 
@@ -173,12 +173,28 @@ def channels(f: Any, x: Inputs, start: Sequence[Tensor]) -> Found:
     return o[..., None], [(num * top.exp())[..., None, None], (den * top.exp())[..., None]]
 
 
+def one_rate(block: int) -> Callable[[Inputs], Inputs]:
+    """The learning rate of a block's last token for all of its tokens, as the other code updates its memory."""
+    return lambda x: {**x, "eta": x["eta"][:, block - 1 :: block].repeat_interleave(block, 1)}
+
+
+def mini_batches(block: int) -> Callable[[Any, Inputs, Sequence[Tensor]], Found]:
+    """Its o has q M + m where ours has q: the memories are compared."""
+
+    def call(f: Any, x: Inputs, start: Sequence[Tensor]) -> Found:
+        eta = x["eta"][..., None].transpose(1, 2)
+        _, h, bias = f(*swapped(x["q"], x["k"], x["v"]), x["w"], x["b"], eta, 1.0, 1e-6, block, None, None, True)
+        return None, [h, bias[:, :, 0]]
+
+    return call
+
+
 def one_query(x: Inputs) -> Inputs:
     return {**x, "q": torch.ones_like(x["q"])}
 
 
 LOOP = {name: f"ops/{name}/naive.py" for name in ("comba", "delta_rule", "gated_delta_product", "gated_delta_rule", "gdn2", "gla", "hgrn",
-                                                  "kda", "linear_attn", "momentum_delta_rule", "retention", "simple_gla")}  # fmt: skip
+                                                  "kda", "linear_attn", "momentum_delta_rule", "rebased", "retention", "simple_gla", "ttt")}  # fmt: skip
 ELEMENTWISE = f"{LOOP['hgrn']}:naive_recurrent_hgrn"
 OVER_K = f"{LOOP['gla']}:naive_recurrent_gla"
 ONE_NUMBER = f"{LOOP['simple_gla']}:naive_recurrent_simple_gla"
@@ -193,6 +209,11 @@ PEERS = (
     Peer("hgrn2", "fla", OVER_K, lambda f, x, s: vectors(f, x, s, -torch.expm1(x["g"]), x["g"]), scaled=True),
     Peer("gfw", "fla", ELEMENTWISE, entries(lambda x: x["gk"][..., None] + x["gv"][..., None, :],
                                             lambda x: x["k"][..., None] * x["v"][..., None, :], skip=False)),
+    Peer("gfw_full", "fla", ELEMENTWISE, entries(lambda x: x["A"].log(), lambda x: x["k"][..., None] * x["v"][..., None, :], skip=False)),
+    Peer("rebased", "fla", f"{LOOP['rebased']}:naive_parallel_rebased", lambda f, x, s: (f(
+        *swapped(*(x["gamma"] * x[n] + x["beta"] for n in "qk"), x["v"]), 1.0).transpose(1, 2), []), start=False),
+    Peer("ttt_ln", "fla", f"{LOOP['ttt']}:ttt_linear", mini_batches(16), start=False, inputs=one_rate(16)),
+    Peer("ttt_ln_sequential", "fla", f"{LOOP['ttt']}:ttt_linear", mini_batches(1), start=False),
     Peer("deltanet", "fla", f"{LOOP['delta_rule']}:delta_rule_recurrence", heads_first("q", "k", "v", "beta"), scaled=True),
     Peer("ttt", "fla", f"{LOOP['delta_rule']}:delta_rule_recurrence", heads_first("q", "k", "v", "eta"), scaled=True),
     Peer("gated_deltanet", "fla", f"{LOOP['gated_delta_rule']}:naive_recurrent_gated_delta_rule", usual("q", "k", "v", "beta", "g")),
@@ -281,8 +302,7 @@ def difference(peer: Peer, function: Any) -> tuple[float, float]:
     with float64():
         start = tensors(drawn.state) or [x.detach() * 0 for x in tensors(end)]
         wanted = peer.call(function, {n: x.clone() for n, x in drawn.inputs.items()}, [x.clone() for x in start])
-    found, given = [o, *tensors(end)], [wanted[0], *wanted[1]]
-    pairs = list(zip(found, given))  # some give no memories
+    pairs = [(x, y) for x, y in zip([o, *tensors(end)], [wanted[0], *wanted[1]]) if y is not None]
     weights = [torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) for x, _ in pairs]
     ours, theirs = ([torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, torch.autograd.grad(
         outputs, leaves, weights, allow_unused=True))] for outputs in zip(*pairs))
