@@ -18,6 +18,7 @@ from lsmc.errors import (
     LsmUnexpectedInputError,
     here,
 )
+from lsmc.expr import Field
 from lsmc.lowering import ops
 from lsmc.lowering.inductor import PASSES, compile_graph, constant
 from lsmc.lowering.plan import backend
@@ -62,7 +63,8 @@ def _optional(key: str) -> tuple[str, ...]:
 def _spec_of(key: str, device: str, options: tuple[Any, ...], sizes: tuple[int, ...] | None) -> str:
     scale, chunk, schedule = options
     made = Options(scale=scale, chunk=chunk, schedule=schedule, target=backend(device))
-    canonical = declared(key).canonical
+    canonical = declared(key).canonical  # of an operator whose every head has inputs of its own: see `every_head`
+    canonical = canonical.substitute({f: Field(f.name, f.dims, "head") for f in canonical.inputs if f.per == "layer"})
     if sizes is None:
         return ops.register(compile_plan(canonical, made))
     sequences, tokens, key_size, value_size = sizes

@@ -19,7 +19,6 @@ from lsmc.adjoint import differentiate
 from lsmc.canonical import Canonical
 from lsmc.chunk import derive
 from lsmc.errors import LsmOptionError
-from lsmc.expr import Field
 from lsmc.factors import hoist
 from lsmc.ir import Program
 from lsmc.lowering.plan import Direction, Plan, able, ranking, sharings
@@ -66,7 +65,6 @@ def compile_plan(canonical: Canonical, options: Options, shape: Shape = TYPICAL)
         raise LsmOptionError(f"chunk={options.chunk}: chunk lengths are powers of two", help="use 16, 32, 64 or 128")
     if options.schedule is not None and options.schedule not in CUTS:
         raise LsmOptionError(f"schedule={options.schedule!r} is not known", help=f"one of {', '.join(CUTS)}")
-    canonical = canonical.substitute({f: Field(f.name, f.dims, "head") for f in canonical.inputs if f.per == "layer"})
     if canonical.block is not None:  # blocks are whole chunks, or parts of one
         options = replace(options, chunk=min(options.chunk, canonical.block & -canonical.block))
         shape = replace(shape, chunk=options.chunk)
