@@ -5,6 +5,7 @@ The constants were fitted to single kernels measured on an H200 (docs/benchmarks
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from lsmc.ir import Op, Program
@@ -68,9 +69,6 @@ def _piece(program: Program, p: Piece, s: Shape, target: Target, columns: int | 
     def size(op: Op) -> int:
         return extent[op.dims[0]] * extent[op.dims[1]]
 
-    def weight(op: Op) -> int:
-        return size(op) * (2 if op.kind == "input" else 4)
-
     products = sum(PRODUCTS.get(op.kind, 0) for op in body if "1" not in op.dims)
     elements = sum(size(op) for op in body if op.kind in ("map", "between", "mask", "sum"))
     taken = {a for op in body for a in op.args} & p.known
@@ -79,7 +77,7 @@ def _piece(program: Program, p: Piece, s: Shape, target: Target, columns: int | 
     moved += sum(size(program.index[i]) * s.element_bytes for i in (*taken, *p.makes))
     moved += sum(size(program.index[i]) * s.element_bytes for n, i in program.outputs if n in p.kernel.stores)
     moved += sum(size(program.index[c.inp]) * width for c in program.carries if c.name in p.kernel.saves)
-    wanted = peak(order(body, ends, weight), weight) // (128 * warps)
+    wanted = _alive(program, p, tuple(extent.items())) // (128 * warps)
     step = PRODUCT * products + ELEMENT * elements * 4 / warps
     step *= 1 + max(0, wanted - REGISTERS) / (60 if p.kernel.carries else 300)
     if p.kernel.carries:
@@ -99,6 +97,17 @@ def _piece(program: Program, p: Piece, s: Shape, target: Target, columns: int | 
         work = step * max(1.0, programs * steps / resident)
     total = moved * programs * steps
     return Estimate(p.kernel.name, total, step, wanted, target.launch_s + max(work, total / target.bytes_per_s))
+
+
+@functools.lru_cache(maxsize=4096)
+def _alive(program: Program, p: Piece, extents: tuple[tuple[str, int], ...]) -> int:
+    """Bytes of the values that are alive at the worst moment of a chunk."""
+    extent, ends = dict(extents), p.roots(program)
+
+    def weight(op: Op) -> int:
+        return extent[op.dims[0]] * extent[op.dims[1]] * (2 if op.kind == "input" else 4)
+
+    return peak(order(program.ancestors(ends, p.known), ends, weight), weight)
 
 
 def _chain(program: Program, p: Piece) -> int:

@@ -7,6 +7,7 @@ Stores that are clean along different dimensions part into different pieces, so 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -163,6 +164,7 @@ def block(program: Program, piece: Piece) -> int:
     return WIDE // 2 if wanted > 256 else WIDE
 
 
+@functools.cache
 def pieces(program: Program, schedule: Schedule) -> tuple[Piece, ...]:
     """The launches of a schedule, in order."""
     dear = costly(program, schedule)

@@ -31,6 +31,8 @@ METHODS = tuple(m.name for m in zoo.METHODS if able("triton", derive(m.canonical
 DIRECTIONS = ("forward", "backward")
 SLOW = {("kda", "backward"), ("gated_deltanet", "backward")}
 """Their largest kernels take ptxas half a minute: without --slow, only the schedule of the typical shape is compiled."""
+SEGMENTS = {("gla", "backward"), ("deltanet", "backward")}
+"""Whose scans in segments are compiled without --slow: one of each way to combine them, with all that their forwards have."""
 
 
 def chosen(name: str, direction: str) -> list[str]:
@@ -43,11 +45,13 @@ def chosen(name: str, direction: str) -> list[str]:
 
 
 def measure(name: str, direction: str, schedule: str, dtype: str) -> list[Any]:
-    """What every kernel takes; runs in a process without the interpreter."""
+    """What every kernel takes; of scans in segments only these, others have the rest. Runs in a process without the interpreter."""
     from lsmc.lowering.offline import resources
 
     plan = compile_plan(getattr(zoo, name).canonical, Options(schedule=schedule, target="triton"))
     executable: Any = getattr(plan, direction).executable
+    parts = tuple(k for k in executable.kernels if k.kernel.part)
+    executable.kernels = parts or executable.kernels
     return resources(executable, key=128, value=128, chunk=CHUNK, dtype=dtype)
 
 
@@ -91,7 +95,9 @@ def _cases() -> list[Any]:
     out = []
     for name, direction in itertools.product(METHODS, DIRECTIONS):
         for n, schedule in enumerate(chosen(name, direction)):
-            slow = [pytest.mark.slow] * (n > 0 and (name, direction) in SLOW)
+            segments = "segments" in schedule
+            rare = (name, direction) in SLOW or segments and not (schedule == "segments" and (name, direction) in SEGMENTS)
+            slow = [pytest.mark.slow] * (n > 0 and rare)
             out.append(pytest.param(name, direction, schedule, "bf16", marks=slow, id=f"{name}-{direction}-{schedule}"))
     return out
 
