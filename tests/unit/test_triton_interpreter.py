@@ -80,14 +80,14 @@ def test_padding_of_k_and_v_never_leaks(interpreter: Workers, drawn: Drawn) -> N
 
 @given(drawn=declarations(), size=st.tuples(st.integers(1, 20), st.integers(1, 20)), time=st.sampled_from([1, 15, 16, 33]),
        gates=st.sampled_from(list(GATES)), groups=st.integers(1, 2), state=st.booleans(),
-       cuts=st.sampled_from([(), (), (3, 3, 20)]), schedules=st.sampled_from([("fused", "segments"), ("two_pass", "fused_segments")]))
+       cuts=st.sampled_from([(), (), (3, 3, 20)]))
 @settings(max_examples=EXAMPLES)
 def test_kernels_of_drawn_declarations_equal_the_recurrence(
         interpreter: Workers, drawn: Drawn, size: tuple[int, int], time: int, gates: str, groups: int, state: bool,
-        cuts: tuple[int, ...], schedules: tuple[str, str]) -> None:
+        cuts: tuple[int, ...]) -> None:
     case = Case(time=time, groups=groups, key_dim=size[0], value_dim=size[1], chunk=16, gates=gates, initial_state=state,
                 cuts=cuts, seed=size[0])
-    interpreter.run(*(Job(drawn, case, s) for s in schedules))
+    interpreter.run(*(Job(drawn, case, s) for s in CUTS))
 
 
 @pytest.mark.parametrize("name", METHODS)
