@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 
@@ -142,7 +142,7 @@ def factors(program: Program) -> Program:
             f = b.input(c.name + FACTOR, "carry", ("K", b.dims(scale)[1]))
             out = b.mul(f, scale)
         carries.append(Carry(c.name + FACTOR, f, out, c.reverse))
-    return Program(program.name, tuple(b.ops), tuple(carries), program.outputs)
+    return replace(program, ops=tuple(b.ops), carries=tuple(carries))
 
 
 @functools.cache
