@@ -7,11 +7,14 @@ sum of 16-bit inputs keeps 15 bits of each summand, so little is lost that was t
 
 from __future__ import annotations
 
+import functools
+
 import sympy
 
 from lsmc.ir import Builder, Op, Program, operand, prune, verify
 
 
+@functools.cache
 def gather(program: Program) -> Program:
     """`program` with the wide running sums of each addition taken together, and shorter row sums."""
     b = Builder()
