@@ -10,8 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-GOOD = (13, 1)
+GOOD = (13, 0)
 """The first release on Hopper of which nothing bad is known."""
+
+VARIABLE = "TRITON_PTXAS_PATH"
+"""Where Triton looks for another ptxas than its own."""
 
 BAD: dict[tuple[int, ...], str] = {
     (12, 8): "for Hopper it made kernels that read shared memory out of bounds and others that gave wrong numbers, "
@@ -25,9 +28,26 @@ def release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version.split("+")[0])[:3])
 
 
+@functools.cache
+def select() -> None:
+    """Let Triton call the newest ptxas within reach that is late enough, where its own is not and nobody has chosen one.
+
+    It holds for all of this process, by the environment variable `VARIABLE`: setting that to any path keeps lsmc from it.
+    """
+    used = in_use()
+    if not os.environ.get(VARIABLE) and used and release(used[1]) < GOOD and (path := newer()):
+        os.environ[VARIABLE] = path
+
+
+def sound() -> bool:
+    """Whether nothing bad is known of the ptxas in use."""
+    used = in_use()
+    return used is not None and not trouble(used[1])
+
+
 def in_use() -> tuple[str, str] | None:
     """Path and version of the ptxas that Triton will call; None without Triton or a ptxas that runs."""
-    path = os.environ.get("TRITON_PTXAS_PATH")
+    path = os.environ.get(VARIABLE)
     if not path:
         try:
             import triton

@@ -144,6 +144,7 @@ def _select_ptxas() -> str:
 def _ptxas() -> list[Finding]:
     if _version("triton") is None:
         return []
+    ptxas.select()
     used = ptxas.in_use()
     if used is None:
         chosen = os.environ.get("TRITON_PTXAS_PATH")

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from lsmc.affine import FACTOR, PART
 from lsmc.ir import Dims, Program
-from lsmc.lowering import kernels
+from lsmc.lowering import kernels, ptxas
 from lsmc.lowering.backends import triton_tiles
+from lsmc.lowering.backends.triton_cut import WIDE
 from lsmc.lowering.backends.triton_emit import Emitted, emit
 from lsmc.lowering.backends.triton_record import Launched, Likeness, Recording, Room, likeness, recordable
 from lsmc.lowering.backends.triton_sums import gather
@@ -23,6 +24,8 @@ from lsmc.lowering.tuned import store
 from lsmc.lowering.tuned.store import Like, Plan
 from lsmc.schedules import Schedule
 from lsmc.schedules.segments import count
+
+ptxas.select()
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -330,10 +333,10 @@ def finish(outputs: Mapping[str, Tensor], inputs: Mapping[str, Tensor], parts: M
 
 
 def plan_of(k: Emitted, key: int, value: int, sequences: int, chunk: int) -> Plan:
-    """Block sizes, warps and pipeline stages of one launch."""
+    """Block sizes, warps and pipeline stages of one launch: no narrow blocks over chunks by a ptxas that gets them wrong."""
     value = key if k.kernel.part == "factor" else value  # the columns of the factor
     size = {"K": max(16, triton.next_power_of_2(key)), "V": max(16, triton.next_power_of_2(value))}
     if k.split:
-        size[k.split] = min(size[k.split], k.block)
+        size[k.split] = min(size[k.split], k.block if k.scan or ptxas.sound() else max(k.block, WIDE))
     warps = 8 if k.kernel.part == "combine" else 4  # exact products of a K×K matrix take the registers of eight
     return {"BK": size["K"], "BV": size["V"], "num_warps": warps, "num_stages": 2 if k.scan or k.inner else 1}

@@ -21,6 +21,9 @@ LINEAR = ("expand", "transpose", "sum", "valid", "cumsum", "mask", "between_grad
 WIDE = 64
 """Columns of the split dimension that one program takes where nothing speaks against it."""
 
+CROWDED = {True: 256, False: 400}
+"""Registers of a thread that the values of a scan, or of a kernel over chunks, may want before its blocks are narrower."""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -166,12 +169,12 @@ def splits(program: Program, kernel: Kernel, known: Iterable[int]) -> dict[str, 
 
 
 def block(program: Program, piece: Piece) -> int:
-    """Columns of the split dimension that one program takes at most: fewer in a scan whose values cannot all be in the
+    """Columns of the split dimension that one program takes at most: fewer where its values are far from fitting into the
     registers of 128 threads, and where few programs wait for one segment after the other. (Narrow blocks repeat the loads of
     what has no such dimension: they must be worth it.)"""
     if piece.kernel.part == "combine":
         return WIDE // 4
-    if not piece.kernel.carries or piece.split is None:
+    if piece.inner or piece.split is None:
         return WIDE
     extent = {"T": 64, "K": 128, "V": 128, "1": 1, piece.split: WIDE}
 
@@ -180,7 +183,7 @@ def block(program: Program, piece: Piece) -> int:
 
     ends = piece.roots(program)
     wanted = peak(order(program.ancestors(ends, piece.known), ends, weight), weight) // (4 * 128)
-    return WIDE // 2 if wanted > 256 else WIDE
+    return WIDE // 2 if wanted > CROWDED[bool(piece.kernel.carries)] else WIDE
 
 
 @functools.cache

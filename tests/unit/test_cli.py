@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -197,7 +198,7 @@ def test_doctor_reports_and_advises(
     assert all(word in out for word in ("python", "torch", "triton", "numpy", "gcc", "GPU", "ptxas"))
 
 
-@pytest.mark.parametrize(("version", "said"), [("12.8.93", "wrong numbers"), ("12.9.1", "older than 13.1")])
+@pytest.mark.parametrize(("version", "said"), [("12.8.93", "wrong numbers"), ("12.9.1", "older than 13.0")])
 def test_doctor_warns_of_an_old_ptxas_and_names_a_newer_one(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str, said: str
 ) -> None:
@@ -214,10 +215,20 @@ def test_doctor_warns_of_an_old_ptxas_and_names_a_newer_one(
     assert f"TRITON_PTXAS_PATH={tool}" in finding.advice
     monkeypatch.setattr(ptxas, "newer", lambda: None)
     [finding] = doctor._ptxas()
-    assert "pip install 'nvidia-cuda-nvcc>=13.1'" in finding.advice
+    assert "pip install 'nvidia-cuda-nvcc>=13.0'" in finding.advice
     monkeypatch.setenv("TRITON_PTXAS_PATH", str(tool))
     [finding] = doctor._ptxas()
     assert (finding.status, finding.advice) == ("ok", "")
+
+
+@pytest.mark.parametrize("own", ["12.8.93", "13.2.0"])
+def test_a_newer_ptxas_is_used_where_the_own_one_is_old_and_nobody_chose(monkeypatch: pytest.MonkeyPatch, own: str) -> None:
+    monkeypatch.setattr(ptxas, "newer", lambda: "/a/newer/ptxas")
+    monkeypatch.setattr(ptxas, "in_use", lambda: (os.environ.get(ptxas.VARIABLE, "own"), own))
+    for chosen in ("/chosen/ptxas", ""):
+        monkeypatch.setenv(ptxas.VARIABLE, chosen)
+        ptxas.select.__wrapped__()
+        assert os.environ[ptxas.VARIABLE] == (chosen or "/a/newer/ptxas" * (own == "12.8.93"))
 
 
 def test_doctor_says_which_tool_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
