@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import connection, get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from types import ModuleType
 from typing import Any, TypeVar
 
 Job = TypeVar("Job")
@@ -43,8 +46,8 @@ def apart(work: Callable[[Job], Result], jobs: Sequence[Job], count: int, limit:
           until: float = float("inf")) -> Iterator[tuple[Job, Result | Failure]]:
     """Every job with its result or `Failure`, as they end.
 
-    work     a function at the top level of a module, run in up to `count` fresh processes, a job at a time; what it raises
-             ends its process, a `Failure` that it returns does not
+    work     a function at the top level of a module other than the script that runs, called in up to `count` fresh processes, a
+             job at a time; what it raises ends its process, a `Failure` that it returns does not
     limit    seconds after which a job is killed; until: the time (`time.monotonic`) after which none begins or goes on,
              and what has no result yet is left out
 
@@ -58,7 +61,8 @@ def apart(work: Callable[[Job], Result], jobs: Sequence[Job], count: int, limit:
             while len(workers) < count and len(workers) - sum(w.job is not None for w in workers.values()) < len(waiting):
                 here, there = context.Pipe()
                 process = context.Process(target=_serve, args=(work, there), daemon=True)
-                process.start()
+                with _nameless():
+                    process.start()
                 there.close()
                 workers[here] = _Worker(process)
             for pipe in connection.wait(list(workers), timeout=0.2):
@@ -95,6 +99,17 @@ def apart(work: Callable[[Job], Result], jobs: Sequence[Job], count: int, limit:
             worker.process.kill()
         for worker in workers.values():
             worker.process.join(GRACE)
+
+
+@contextmanager
+def _nameless() -> Iterator[None]:
+    """Start processes as from a prompt: they would otherwise run the script again that called, from its top."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _ended(process: BaseProcess) -> str:

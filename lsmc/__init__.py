@@ -56,8 +56,9 @@ from lsmc.reference import reference
 from lsmc.terms import M, diag, eye, grad, k, matrix, norm2, outer, q, scalar, total, v, vector
 
 from lsmc import zoo  # isort: skip  (its files import the names above)
-from lsmc.api import compile, explain  # isort: skip
+from lsmc.api import compile  # isort: skip
 from lsmc.laws import check  # isort: skip
+from lsmc.explanation import explain  # isort: skip
 
 __version__ = "0.1.0"
 

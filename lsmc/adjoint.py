@@ -35,7 +35,8 @@ def differentiate(program: Program) -> Program:
     outputs = [(f"d_{op.attr('name')}", total(op.id)) for op in program.inputs("token", "head")]
     carries = [*program.carries,
                *(Carry(f"d_{c.name}", reverse[c.name], total(c.inp), reverse=True) for c in program.carries)]
-    return verify(prune(Program(f"{program.name}_backward", tuple(b.ops), tuple(carries), tuple(outputs))))
+    return verify(prune(Program(f"{program.name}_backward", tuple(b.ops), tuple(carries), tuple(outputs),
+                                terms=program.terms)))
 
 
 def _pullback(b: Builder, op: Op, d: int) -> list[tuple[int, int]]:

@@ -1,10 +1,9 @@
-"""What users call: the operator of a declaration, one decoding step, `compile`, `explain`."""
+"""What users call: the operator of a declaration, one decoding step, `compile`."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from lsmc.lowering import ops
 from lsmc.lowering.inductor import PASSES, compile_graph, constant
 from lsmc.lowering.plan import backend
 from lsmc.lsm import LSM, attach, declared
-from lsmc.pipeline import CHUNK, Options, compile_plan, stages
+from lsmc.pipeline import CHUNK, Options, compile_plan
 from lsmc.schedules import Shape
 
 State = Tensor | tuple[Tensor, ...]
@@ -209,29 +208,6 @@ def compile(model: Any, *, mesh: Any = None, disable: tuple[str, ...] = (), **op
     return torch.compile(model, backend=functools.partial(compile_graph, disable=tuple(disable)), **options)
 
 
-@dataclass(frozen=True)
-class Explanation:
-    """Every stage between a declaration and the code that runs, as text; `str` joins them."""
-
-    name: str
-    text: Mapping[str, str]
-
-    def stages(self) -> dict[str, str]:
-        """Stage name → text, in the order of the pipeline."""
-        return dict(self.text)
-
-    def __str__(self) -> str:
-        return "\n\n".join(f"── {name} " + "─" * (90 - len(name)) + f"\n{text}" for name, text in self.text.items())
-
-
-def explain(declaration: LSM, *, scale: float = 1.0, chunk: int = CHUNK, schedule: str | None = None,
-            target: str = "triton", shape: Shape | None = None) -> Explanation:
-    """How a declaration is compiled, stage by stage; `target` is "triton" or "aten", `shape` what schedules are ranked at."""
-    options = Options(scale=scale, chunk=chunk, schedule=schedule, target=target)
-    made = stages(declaration.canonical, options) if shape is None else stages(declaration.canonical, options, shape)
-    return Explanation(declaration.name, {"declaration": repr(declaration), **made})
-
-
 attach(call=call, step=step)
 
-__all__: list[str] = ["PASSES", "Explanation", "call", "compile", "explain", "step"]
+__all__: list[str] = ["PASSES", "call", "compile", "step"]

@@ -313,7 +313,26 @@ class _Derivation:
         for q in self.c.queries:
             self.values[q.symbol] = self._query(q, writes)
         o = self.lower(self.c.output, ("T", "V"))
-        return verify(prune(Program(self.c.name, tuple(b.ops), tuple(carries), (("o", o),))))
+        return verify(prune(Program(self.c.name, tuple(b.ops), tuple(carries), (("o", o),), terms=tuple(self._terms(writes)))))
+
+    def _terms(self, writes: list[_Written]) -> list[tuple[str, int]]:
+        """The values that the terms of the canonical form became: decay, momentum; R0 … what is read, of the memory before the
+        chunk and its weights on what other tokens wrote; U0 … the value of each write; Y0 … each query.
+
+        Asked again, the builder gives the values that are there; what is not there is dropped with its name.
+        """
+        b, symbols = self.b, {r.symbol for r in self.c.reads}
+        scans = [op.id for op in b.ops if op.kind == "scan"]
+        gates = [g for g in (self.gk, self.gv, self.angle) if g is not None]
+        out = [("decay", i) for i in (*gates, *scans)] + [("momentum", i) for i in (self.momentum,) if i is not None]
+        for r in self.c.reads if not self.matrix else ():
+            key = self._key(r.key)
+            out.append((r.symbol.name, self._through_memory(key, r.at, MEMORY)))
+            out += [(r.symbol.name, self._weights(key, r.at, w)) for w in writes]
+        corrects = [bool(w.value.free_symbols & symbols) for w in self.c.writes]  # they come last
+        names = [f"U{n}" for late in (False, True) for n, it in enumerate(corrects) if it == late]
+        out += [(name, w.value) for name, w in zip(names, writes, strict=True)]
+        return out + [(y.symbol.name, self.values[y.symbol]) for y in self.c.queries]
 
 
 def _no_chunk_form(canonical: Canonical, what: str, way: str, part: str | None = None) -> LsmNoChunkFormError:

@@ -34,18 +34,27 @@ def list_() -> None:
     console = _console()
     console.width = max(console.width, console.measure(table, options=console.options.update(max_width=1000)).maximum)
     console.print(table)
+    said = ("state, message: numbers per head; the message is what a rank that shares a sequence sends, whatever its length",
+            "chunk form: products of pairs of tokens; solve, a triangular system beside them; scan, token by token")
+    console.print("\n[dim]" + "\n".join(said) + "[/]")
 
 
 def explain(
     method: Method,
     /,
     stage: Annotated[str | None, arg(help="print this stage alone; `--stage list` names the stages")] = None,
+    shape: Annotated[str | None, arg(help="B,T,H,K,V at which schedules are weighed")] = None,
+    out: Annotated[Path | None, arg(aliases=("-o",), help="write a page instead, with pictures, kernels and laws")] = None,
 ) -> None:
     """How a method is compiled: every stage from the declaration to the emitted code, and why this schedule."""
     from lsmc.errors import LsmNameError
 
-    stages = _explanation(method).stages()
+    explanation = _explanation(method, shape)
     console = _console()
+    if out is not None:
+        console.print(escape(f"{explanation.html(out)} explains {explanation.name}"))
+        return
+    stages = explanation.stages()
     if stage == "list":
         for name in stages:
             console.print(escape(name))
@@ -252,10 +261,15 @@ def _resolve(method: str) -> Any:
     return resolve(method)
 
 
-def _explanation(method: str) -> Any:
+def _explanation(method: str, shape: str | None) -> Any:
     import lsmc
+    from lsmc.runtime.bench import parse_shape
+    from lsmc.schedules import Shape
 
-    return lsmc.explain(_resolve(method))
+    if shape is None:
+        return lsmc.explain(_resolve(method))
+    batch, tokens, heads, key, value = parse_shape(shape)
+    return lsmc.explain(_resolve(method), shape=Shape(batch * heads, tokens, key, value))
 
 
 if __name__ == "__main__":

@@ -117,7 +117,8 @@ class Carry:
 @dataclass(frozen=True)
 class Program:
     """One chunk's operations, its carries, its outputs; values that it keeps for another program, and those that it takes from
-    one: what they are made of stays to be read, and is not computed."""
+    one: what they are made of stays to be read, and is not computed. `terms` says which values are what of the declaration, for
+    readers: they are no part of what is computed, and not printed."""
 
     name: str
     ops: tuple[Op, ...]
@@ -125,6 +126,7 @@ class Program:
     outputs: tuple[tuple[str, int], ...]
     kept: tuple[tuple[str, int], ...] = ()
     taken: tuple[tuple[str, int], ...] = ()
+    terms: tuple[tuple[str, int], ...] = field(default=(), compare=False, repr=False)
     index: Mapping[int, Op] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -137,10 +139,11 @@ class Program:
         return "\n".join([*lines, *(f"take {n} = %{i}" for n, i in self.taken)])
 
     def rebuilt(self, ops: Iterable[Op], new: Mapping[int, int]) -> Program:
-        """The program of other operations, in which the value i is new[i]."""
+        """The program of other operations, in which the value i is new[i]; values without a place lose their terms."""
         carries = tuple(Carry(c.name, new[c.inp], new[c.out], c.reverse) for c in self.carries)
-        ends = (tuple((n, new[i]) for n, i in named) for named in (self.outputs, self.kept, self.taken))
-        return Program(self.name, tuple(ops), carries, *ends)
+        outputs, kept, taken = (tuple((n, new[i]) for n, i in named) for named in (self.outputs, self.kept, self.taken))
+        terms = tuple((n, new[i]) for n, i in self.terms if i in new)
+        return Program(self.name, tuple(ops), carries, outputs, kept, taken, terms)
 
     def inputs(self, *roles: str) -> Iterator[Op]:
         """The input operations, of the given roles (all without any)."""

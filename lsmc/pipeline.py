@@ -90,11 +90,15 @@ def compile_plan(canonical: Canonical, options: Options, shape: Shape = TYPICAL)
 
 def stages(canonical: Canonical, options: Options, shape: Shape = TYPICAL) -> dict[str, str]:
     """Every stage of a method as text, in order."""
-    plan = compile_plan(canonical, options, shape)
+    return texts(compile_plan(canonical, options, shape))
+
+
+def texts(plan: Plan) -> dict[str, str]:
+    """Every stage of a plan as text, in order."""
     text: dict[str, Callable[[], object]] = {
-        "canonical": lambda: canonical,
+        "canonical": lambda: plan.canonical,
         "chunk": lambda: plan.forward.program,
-        "backward": lambda: hoist(differentiate(derive(canonical, options.scale))),
+        "backward": lambda: hoist(differentiate(derive(plan.canonical, plan.scale))),
         "schedule": lambda: _measured(plan.training),
         "backward_schedule": lambda: _measured(plan.backward),
         "source": lambda: plan.training.executable.source,

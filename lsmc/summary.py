@@ -1,6 +1,6 @@
 """What a declaration is, in a few words each: a row of the table that `lsmc list` prints, read off its canonical form.
 
-Sizes are numbers per head, in K and V. `message` is what ranks that share a sequence exchange, whatever its length: the
+Sizes are numbers per head, in K and V. The message is what ranks that share a sequence exchange, whatever its length: the
 memories that a rank's tokens leave, and the linear map that they apply to what comes in, K of the factors e^{total g} or,
 where the memory is read, a K×K matrix.
 """
@@ -25,9 +25,9 @@ def summary(canonical: Canonical, backends: Callable[[Program], list[str]]) -> d
     form = bool(names)
     yes = {True: "yes", False: "no"}
     return {"method": canonical.name, "decay": decay(canonical), "update": update(canonical),
-            "state": " + ".join("·".join(f.dims) for f in canonical.states), "chunk form": yes[form],
+            "state": " + ".join("·".join(f.dims) for f in canonical.states), "chunk form": chunk(canonical) if form else "none",
             "backends": " ".join(names) or "reference", "decode": yes[form], "packed": yes[form],
-            "message": message(canonical) if form else ""}
+            "message between ranks": message(canonical) if form else "none"}
 
 
 def decay(canonical: Canonical) -> str:
@@ -50,6 +50,12 @@ def update(canonical: Canonical) -> str:
     return what + ", momentum" * (canonical.momentum is not None)
 
 
+def chunk(canonical: Canonical) -> str:
+    """How the tokens of a chunk are taken together: by products of their pairs, by a triangular system that makes what they write
+    follow from one another, or one by one where the decay does not factor into tokens."""
+    return "scan" if canonical.decay_kv is not None else "solve" if canonical.reads else "products"
+
+
 def message(canonical: Canonical) -> str:
     """The numbers of a rank's affine map: those of its linear part, then of its memories."""
     states = [f for f in canonical.states if f.name != "Z"]
@@ -67,4 +73,4 @@ def message(canonical: Canonical) -> str:
     return " + ".join(filter(None, [linear, *("·".join(f.dims) for f in canonical.states)]))
 
 
-__all__ = ["decay", "message", "summary", "update"]
+__all__ = ["chunk", "decay", "message", "summary", "update"]

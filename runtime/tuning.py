@@ -235,7 +235,7 @@ def compile_trial(trial: Trial) -> Failure | None:
 def operate(subject: Subject, call: Call) -> dict[str, Tensor]:
     """Output, final memories and all gradients by name, for cotangents that are the same at every call."""
     plan = plan_of(subject)
-    found = ops.run(list(call.inputs.values()), call.start, call.cu_seqlens, plan.key)
+    found = ops.run(list(call.inputs.values()), call.start, call.cu_seqlens, plan.key)[: 1 + len(plan.carries)]
     return _named(subject, call, list(found), cotangents(subject, found))
 
 

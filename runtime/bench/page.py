@@ -11,9 +11,20 @@ from typing import Any
 from lsmc.runtime.bench.contenders import CONTENDERS, OURS
 from lsmc.runtime.bench.measure import Decode, Timing
 from lsmc.runtime.bench.show import absences, tables
-from lsmc.runtime.report import document, table_rows, ticks
+from lsmc.runtime.pages import (
+    WIDTH,
+    decades,
+    document,
+    legend,
+    rect,
+    svg,
+    table,
+    table_rows,
+    text,
+    ticks,
+    upright,
+)
 
-WIDTH = 860
 COLOURS = {name: f"var(--{letter})" for name, letter in zip(CONTENDERS, "aecbdgf")}
 
 
@@ -46,9 +57,7 @@ def render(record: dict[str, Any]) -> str:
         title = "B{} H{} K{} V{}".format(*(decodes[0].shape[n] for n in (0, 2, 3, 4)))
         parts.append(f"<h2>{title}: one token</h2>{bars(groups)}")
     for title, (header, rows) in tables(record).items():
-        cells = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-        parts.append(f"<h2>{html.escape(title)}</h2><div class='wide'><table><tr>{head}</tr>{cells}</table></div>")
+        parts.append(f"<h2>{html.escape(title)}</h2>{table(header, rows)}")
     parts += ["<h2>Absent</h2>" + "".join(f"<div class='key'>{html.escape(line)}</div>" for line in lines)] * bool(lines)
     shown = [(key, value) for key, value in used.items() if value not in (None, {}, 0)]
     parts.append(f"<details open><summary>Environment</summary><table>{table_rows(shown)}</table></details>")
@@ -85,26 +94,25 @@ def bars(groups: Sequence[tuple[str, float, Sequence[Bar]]]) -> str:
         return left + part * (WIDTH - left - right)
 
     height = 8 + sum(row * len(found) + gap for _, _, found in groups) + bottom
-    out = [_svg(height, "time of forward and backward by method")]
-    for at in _decades(low, most) if logarithmic else ticks(0.0, most, 8):
-        out.append(f"<line class='grid' x1='{px(at):.1f}' x2='{px(at):.1f}' y1='4' y2='{height - bottom}'/>")
-        out.append(_text(px(at), height - bottom + 16, f"{at:g}", "middle"))
-    out.append(_text(px(low) / 2 + px(most) / 2, height - 3, "milliseconds" + ", logarithmic" * logarithmic, "middle"))
+    out = []
+    for at in decades(low, most) if logarithmic else ticks(0.0, most, 8):
+        out.append(upright(px(at), 4, height - bottom))
+        out.append(text(px(at), height - bottom + 16, f"{at:g}", "middle"))
+    out.append(text(px(low) / 2 + px(most) / 2, height - 3, "milliseconds" + ", logarithmic" * logarithmic, "middle"))
     y = 8.0
     for name, floor, found in groups:
         size = row * len(found)
-        out.append(_text(left - 10, y + size / 2 + 4, name, "end", "font-weight='600'"))
+        out.append(text(left - 10, y + size / 2 + 4, name, "end", "font-weight='600'"))
         for b in found:
-            out.append(_rect(px(low), y + 1, px(b.ms) - px(low), row - 3, b.colour, 0.45 if b.inner else 0.9))
+            out.append(rect(px(low), y + 1, px(b.ms) - px(low), row - 3, b.colour, 0.45 if b.inner else 0.9))
             if b.inner:
-                out.append(_rect(px(low), y + 4, px(b.inner) - px(low), row - 9, b.colour, 1.0))
-            out.append(_text(px(b.ms) + 5, y + 12, f"{b.ms:.3g}" + f" ({b.more})" * bool(b.more)))
+                out.append(rect(px(low), y + 4, px(b.inner) - px(low), row - 9, b.colour, 1.0))
+            out.append(text(px(b.ms) + 5, y + 12, f"{b.ms:.3g}" + f" ({b.more})" * bool(b.more)))
             y += row
-        x = px(floor)
-        out.append(f"<line class='mark' x1='{x:.1f}' x2='{x:.1f}' y1='{y - size - 2:.1f}' y2='{y + 1:.1f}'/>")
+        out.append(upright(px(floor), y - size - 2, y + 1, "mark"))
         y += gap
     inner = any(b.inner for _, _, found in groups for b in found)
-    return "".join(out) + "</svg>" + _legend(
+    return svg(height, "time of forward and backward by method", out) + _legend(
         ((b.label, b.colour) for _, _, found in groups for b in found),
         "the line is the floor" + ("; the inner bar is the same from a CUDA graph" if inner else ""))
 
@@ -130,43 +138,36 @@ def roofline(timings: Sequence[Timing]) -> str:
     def py(y: float) -> float:
         return height - bottom - math.log(y / y0) / math.log(y1 / y0) * (height - top - bottom)
 
-    out = [_svg(height, "rate of operations by arithmetic intensity")]
-    for x in _decades(x0, x1):
-        out.append(f"<line class='grid' x1='{px(x):.1f}' x2='{px(x):.1f}' y1='{top}' y2='{height - bottom}'/>")
-        out.append(_text(px(x), height - bottom + 15, f"{x:g}", "middle"))
-    for y in _decades(y0, y1):
+    out = []
+    for x in decades(x0, x1):
+        out.append(upright(px(x), top, height - bottom))
+        out.append(text(px(x), height - bottom + 15, f"{x:g}", "middle"))
+    for y in decades(y0, y1):
         out.append(f"<line class='grid' x1='{left}' x2='{WIDTH - right}' y1='{py(y):.1f}' y2='{py(y):.1f}'/>")
-        out.append(_text(left - 6, py(y) + 4, _rate(y), "end"))
-    out.append(_text((left + WIDTH - right) / 2, height - 4, "operations a byte of three passes over inputs and outputs", "middle"))
-    out.append(_text(4, top - 8, "operations a second"))
+        out.append(text(left - 6, py(y) + 4, _rate(y), "end"))
+    out.append(text((left + WIDTH - right) / 2, height - 4, "operations a byte of three passes over inputs and outputs", "middle"))
+    out.append(text(4, top - 8, "operations a second"))
     start = max(x0, y0 / bandwidth)
     roof = [(start, start * bandwidth), (ridge, peak), (x1, peak)]
     path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in roof)
     out.append(f"<polyline class='line' stroke='var(--ink)' points='{path}'/>")
-    out.append(_text(WIDTH - right - 4, py(peak) - 6, f"matrix products, {_rate(peak)}/s", "end"))
+    out.append(text(WIDTH - right - 4, py(peak) - 6, f"matrix products, {_rate(peak)}/s", "end"))
     turn = math.degrees(math.atan2(py(roof[1][1]) - py(roof[0][1]), px(roof[1][0]) - px(roof[0][0])))
     out.append(f"<g transform='translate({px(start) + 24:.1f} {py(start * bandwidth) - 26:.1f}) rotate({turn:.1f})'>"
-               f"{_text(20, 8, f'copy, {bandwidth / 1e9:.0f} GB/s')}</g>")
+               f"{text(20, 8, f'copy, {bandwidth / 1e9:.0f} GB/s')}</g>")
     place = -math.inf
     for method, x in sorted({(p[0], p[1]) for p in points}, key=lambda p: (p[1], p[0])):
         rates = [p[3] for p in points if p[0] == method]
         place = max(place + 17, px(x))
         out.append(f"<polyline class='grid' fill='none' points='{place:.1f},{top - 22} {px(x):.1f},{top} "
                    f"{px(x):.1f},{py(min(rates)):.1f}'/>")
-        out.append(f"<g transform='translate({place:.1f} {top - 26}) rotate(-50)'>{_text(0, 0, method)}</g>")
+        out.append(f"<g transform='translate({place:.1f} {top - 26}) rotate(-50)'>{text(0, 0, method)}</g>")
     for method, x, name, rate in points:
         what = html.escape(f"{method}, {name}: {_rate(rate)}/s, {rate / min(peak, x * bandwidth):.0%} of the ceiling")
         out.append(f"<circle cx='{px(x):.1f}' cy='{py(rate):.1f}' r='4.5' fill='{COLOURS[name]}' stroke='var(--card)'>"
                    f"<title>{what}</title></circle>")
     how = "from a CUDA graph where there is one" if any(it.graph_ms for t in timings for it in t.runs.values()) else ""
-    return "".join(out) + "</svg>" + _legend(((p[2], COLOURS[p[2]]) for p in points), how)
-
-
-def _decades(low: float, high: float) -> list[float]:
-    """1, 2, 5, 10, … within the range; powers of ten alone where that would be many."""
-    found = [m * 10.0**n for n in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1) for m in (1, 2, 5)]
-    found = [x for x in found if low <= x <= high]
-    return found if len(found) <= 9 else [x for x in found if round(math.log10(x), 6) % 1 == 0]
+    return svg(height, "rate of operations by arithmetic intensity", out) + _legend(((p[2], COLOURS[p[2]]) for p in points), how)
 
 
 def _rate(value: float) -> str:
@@ -174,20 +175,6 @@ def _rate(value: float) -> str:
     return f"{value / 1e3**power:.3g} {['', 'k', 'M', 'G', 'T', 'P'][power]}FLOP"
 
 
-def _svg(height: float, name: str) -> str:
-    return f"<svg viewBox='0 0 {WIDTH} {height:.0f}' role='img' aria-label='{html.escape(name)}'>"
-
-
-def _text(x: float, y: float, text: str, anchor: str = "start", more: str = "") -> str:
-    return f"<text x='{x:.1f}' y='{y:.1f}' text-anchor='{anchor}' {more}>{html.escape(text)}</text>"
-
-
-def _rect(x: float, y: float, width: float, height: float, colour: str, opacity: float) -> str:
-    return (f"<rect x='{x:.1f}' y='{y:.1f}' width='{max(width, 0.5):.1f}' height='{height:.1f}' rx='2' "
-            f"fill='{colour}' fill-opacity='{opacity}'/>")
-
-
 def _legend(entries: Iterable[tuple[str, str]], more: str) -> str:
     found = sorted(dict(entries).items(), key=lambda entry: list(CONTENDERS).index(entry[0]) if entry[0] in CONTENDERS else 0)
-    names = " &nbsp; ".join(f"<span style='color:{colour}'>■</span> {html.escape(label)}" for label, colour in found)
-    return f"<div class='key'>{names}{f' ({html.escape(more)})' if more else ''}</div>"
+    return legend(found, more)

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,6 +23,7 @@ from lsmc.runtime.bench.measure import Ceilings, Decode, Run, Subject, Timing
 from lsmc.runtime.bench.page import render
 from lsmc.runtime.errors import LsmConfigError
 from lsmc.zoo.peers import PEERS
+from tests.pages import Page
 
 SHAPE = (2, 9, 2, 4, 3)
 
@@ -261,32 +261,6 @@ def recorded() -> dict[str, Any]:
     results = [timing(m, s).record() for s in ((16, 4096, 8, 128, 128), (1, 64, 1, 8, 8)) for m in zoo.names()]
     token = Decode("gla", (64, 1, 16, 128, 128), "bfloat16", "GPU", Ceilings(4e12, 8e14), 1 << 27, 0.1, 0.04, {"o": 1e-3, "state": 1e-4})
     return {"environment": {"date": "2026-11-25", "torch": "2"}, "results": results, "decode": [token.record()], "failed": []}
-
-
-class Page(HTMLParser):
-    """Elements that were opened and not closed, those that may reach out, and the text."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.text = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        assert not {name for name, _ in attrs} & {"src", "href", "onload"}
-        if tag != "meta":
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 def test_a_page_stands_alone_and_shows_every_method_and_contender() -> None:

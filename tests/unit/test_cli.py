@@ -52,12 +52,13 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_list_shows_what_every_method_is(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "list")
     assert status == 0
-    head, *rows = out.splitlines()
-    assert head.split() == "method decay update state chunk form backends decode packed message".split()
+    head, *rows = out.partition("\n\n")[0].splitlines()
+    assert head.split() == "method decay update state chunk form backends decode packed message between ranks".split()
     found = {row.split()[0]: " ".join(row.split()) for row in rows}
     assert list(found) == list(zoo.names())
-    assert found["gla"] == "gla vector K outer product K·V yes aten triton yes yes K + K·V"
-    assert found["titans"] == "titans scalar delta, momentum K·V + K·V yes aten triton yes yes 2K·2K + K·V + K·V"
+    assert found["gla"] == "gla vector K outer product K·V products aten triton yes yes K + K·V"
+    assert found["titans"] == "titans scalar delta, momentum K·V + K·V solve aten triton yes yes 2K·2K + K·V + K·V"
+    assert found["mamba"].startswith("mamba matrix outer product K·V scan")
 
 
 @pytest.mark.parametrize("stage", ["canonical", "chunk", "schedule"])

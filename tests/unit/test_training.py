@@ -25,8 +25,9 @@ from lsmc.runtime.data import Batches, ByteTokenizer, DataConfig, evaluation_bat
 from lsmc.runtime.demo import DemoConfig, compiled_stages, demo
 from lsmc.runtime.errors import LsmCheckpointError, LsmConfigError, LsmDataError
 from lsmc.runtime.generate import GenerateConfig, generate, load_model, sample
+from lsmc.runtime.pages import ticks
 from lsmc.runtime.progress import Progress
-from lsmc.runtime.report import read_metrics, ticks
+from lsmc.runtime.report import read_metrics
 from lsmc.runtime.train import TrainConfig, Trainer, learning_rate, parameter_groups, share_done, train
 
 TEXT = "".join(f"{n} bottles of beer on the wall, {n} bottles of beer. " for n in range(99, 0, -1)) * 2
