@@ -14,9 +14,14 @@ import sympy
 from lsmc.ir import Builder, Op, Program, operand, prune, verify
 
 
-@functools.cache
 def gather(program: Program) -> Program:
     """`program` with the wide running sums of each addition taken together, and shorter row sums."""
+    return _gather(program, program.terms)
+
+
+@functools.cache
+def _gather(program: Program, terms: tuple[tuple[str, int], ...]) -> Program:
+    """Equal programs whose terms have other names are kept apart."""
     b = Builder()
     new: dict[int, int] = {}
     products = {(op.args, op.attr("tb")) for op in program.ops if op.kind == "matmul" and not op.attr("ta")}
