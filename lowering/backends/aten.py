@@ -166,7 +166,7 @@ def _emit(program: Program, schedule: Schedule) -> str:
     order: list[int | tuple[Carry, Move] | tuple[Carry, ...]] = []
     carried = {c.name: c for c in program.carries}
     results = dict(program.outputs)
-    for kernel in schedule.kernels:
+    for kernel in (k for k in schedule.kernels if k.whole):  # all chunks go at once here: nothing is to be cut into segments
         carries = tuple(carried[name] for name in kernel.carries)
         apart = [c for c in carries if not _scanned(program, c) and not any(c in _needed_by(program, d, carries) for d in carries)
                  and not _needed_by(program, c, carries)]
