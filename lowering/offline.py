@@ -61,6 +61,7 @@ def resource(compiled: Compiled, k: Emitted, key: int, value: int, chunk: int, d
     function: Any = compiled.functions[k.name]
     types = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
     plan = dict(plan)
+    value = key if k.kernel.part == "factor" else value
     options = {o: plan.pop(o) for o in ("num_warps", "num_stages")}
     constants: dict[str, Any] = {"C": chunk, "LEVELS": chunk.bit_length() - 1, "K": key, "V": value, "PACKED": False,
                                  "HOW": {"first": 0, "fast": 0, "slow": 1}.get(k.how, 2),
@@ -73,7 +74,9 @@ def resource(compiled: Compiled, k: Emitted, key: int, value: int, chunk: int, d
         if name in constants:
             signature[name] = "constexpr"
             continue
-        if name.startswith(("p_", "o_", "t_", "s_")):
+        if name.startswith("s_") and k.kernel.part == "combine":
+            signature[name] = "*fp32"
+        elif name.startswith(("p_", "o_", "t_", "s_")):
             signature[name] = f"*{dtype}"
         elif name.startswith(("i_", "e_")):
             signature[name] = "*fp32"

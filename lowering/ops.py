@@ -73,7 +73,9 @@ def extents(plan: Plan, inputs: Sequence[Tensor], start: Sequence[Tensor] = ()) 
     like = inputs[0]
     for place, name, per_token, last in plan.reads:
         x = inputs[place]
-        if last != "1":
+        if last == "E":
+            dims |= {"K": x.shape[-2], "V": x.shape[-1]}
+        elif last != "1":
             dims[last] = x.shape[-1]
         if name not in ("q", "k") or heads is None:
             heads = x.shape[2 if per_token else 0]
@@ -83,7 +85,10 @@ def extents(plan: Plan, inputs: Sequence[Tensor], start: Sequence[Tensor] = ()) 
             like = x
     assert token is not None and heads is not None
     if start:
-        heads, dims["K"], dims["V"] = start[0].shape[1:]
+        heads = start[0].shape[1]
+        dims |= zip(plan.memories[0], start[0].shape[2:], strict=True)
+    if "K" in dims:
+        dims["F"] = dims["K"] ** 2
     return Extents(token.shape[0], token.shape[1], heads, dims, like)
 
 
@@ -93,9 +98,8 @@ def _start(plan: Plan, inputs: Sequence[Tensor], start: Sequence[Tensor], cu_seq
         return list(start)
     size = extents(plan, inputs)
     n = size.batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    carries = [plan.forward.program.index[c.inp].dims for c in plan.forward.program.carries]
     dtype = state_dtype(size.like.dtype)
-    return [size.like.new_zeros((n, size.heads, size.dims[r], size.dims[c]), dtype=dtype) for r, c in carries]
+    return [size.like.new_zeros((n, size.heads, size.dims[r], size.dims[c]), dtype=dtype) for r, c in plan.memories]
 
 
 @triton_op("lsmc::fwd", mutates_args={})
@@ -129,9 +133,11 @@ def bwd(inputs: Sequence[Tensor], start: Sequence[Tensor], cu_seqlens: Tensor | 
     first = _start(plan, inputs, start, cu_seqlens) if plan.backward.executable.needs_memories and not keeps else start
     memories = dict(zip(plan.carries, first)) | {f"d_{c}": d for c, d in zip(plan.carries, d_end, strict=True)}
     taken = {"d_o": d_o, **dict(zip(plan.inputs, inputs, strict=True)), **dict(zip(keeps, kept, strict=True))}
+    program = plan.backward.program
+    used = {*(c.name for c in program.carries), program.counter}
+    memories = {n: x for n, x in memories.items() if n in used}
     with _as_given(d_o.device):
-        outputs, ends = plan.backward.executable.launch(
-            taken, {c.name: memories[c.name] for c in plan.backward.program.carries if c.name in memories}, plan.chunk, cu_seqlens)
+        outputs, ends = plan.backward.executable.launch(taken, memories, plan.chunk, cu_seqlens)
     grads, own = [], _contiguous if plan.backward.executable.fresh else _own
     for name, x in zip(plan.inputs, inputs, strict=True):
         d = outputs[f"d_{name}"]

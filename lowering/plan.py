@@ -14,8 +14,9 @@ from typing import Protocol
 from torch import Tensor
 
 import lsmc.lowering.backends.aten as aten
+from lsmc import affine
 from lsmc.canonical import Canonical
-from lsmc.ir import Program
+from lsmc.ir import Builder, Dims, LsmIRError, Program
 from lsmc.keep import keep
 from lsmc.schedules import Choice, Schedule, Shape
 from lsmc.schedules.base import Rank, by_kernel
@@ -39,13 +40,22 @@ def backend(device: str) -> str:
     return os.environ.get("LSMC_BACKEND") or ("triton" if device == "cuda" else "aten")
 
 
-LACKS = {"triton": frozenset({"scan", "scan_grad"})}
+LACKS = {"triton": frozenset({"scan", "scan_grad", "pairs", "pairs_grad", "rename"})}
 """Operations that a backend has no code for."""
 
 
 def able(target: str, program: Program) -> str:
     """The backend `target` where it has code for all of a program, else ATen, which runs on every device."""
-    return "aten" if LACKS.get(target, frozenset()) & {op.kind for op in program.ops} else target
+    if target == "aten" or LACKS[target] & {op.kind for op in program.ops}:
+        return "aten"
+    if any(program.index[c.inp].dims[0] != "K" for c in program.carries):  # kernels hold memories of K rows
+        return "aten"
+    try:
+        for carry in program.carries:
+            affine.split(Builder(program.ops), program, carry)
+    except LsmIRError:  # a memory that chunks do not move affinely
+        return "aten"
+    return target
 
 
 def ranking(target: str) -> Rank:
@@ -97,7 +107,13 @@ class Direction:
 
             flagged = self.before is not None and "_flags" in self.before.executable.keeps
             return triton.Compiled(self.program, self.choice.schedule, flagged)
-        return aten.Compiled(self.program, self.choice.schedule)
+        return _aten(self.program, self.choice.schedule)
+
+
+@functools.lru_cache(maxsize=128)
+def _aten(program: Program, schedule: Schedule) -> aten.Compiled:
+    """The same for all sizes at which the schedule is chosen."""
+    return aten.Compiled(program, schedule)
 
 
 @dataclass(frozen=True)
@@ -143,6 +159,11 @@ class Plan:
         """What the forward program reads: its place among the inputs, name, whether per token, last dimension."""
         return tuple((self.inputs.index(op.attr("name")), op.attr("name"), op.attr("role") == "token", op.dims[1])
                      for op in self.forward.program.inputs("token", "head"))
+
+    @cached_property
+    def memories(self) -> tuple[Dims, ...]:
+        """The dimensions of each memory, in the order of `carries`."""
+        return tuple(self.forward.program.index[c.inp].dims for c in self.forward.program.carries)
 
     @cached_property
     def carries(self) -> tuple[str, ...]:

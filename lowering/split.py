@@ -13,7 +13,8 @@ before the operator runs; o = o(0) + (Q ⊙ e^{prefix g}) S.
 "columns": the memory is read by its own update. One run, with columns beside V that start as I and in which nothing is written,
 leaves B and T, K·K numbers, and outputs o(0) and P, what the queries read in them; o = o(0) + P S.
 
-"again": decays of every entry. T is total log decays, K·V numbers; B is the memory after a run from zero, o another run, from S.
+"again": decays of every entry, and memories over pairs of key dimensions. T is total log decays, K·V numbers; B is the memory
+after a run from zero, o another run, from S.
 
 "again" is also how an output that is no linear function of what is read is found. The operators here are traced through:
 in a compiled graph they are sums and matrix products beside `lsmc::fwd`, and autograd derives their adjoints.
@@ -50,10 +51,15 @@ def way(spec: str) -> tuple[str, bool]:
     Raises LsmNoChunkFormError for a method whose tokens apply no affine map that can be written down in columns.
     """
     c = ops.plan_of(spec).canonical
+    if c.block is not None or c.bias:
+        raise _no_summary(c, "what its tokens make of the memory is not known to be an affine map")
     symbols = {q.symbol for q in c.queries}
     linear = not any(symbols & node.free_symbols for node in c.output.atoms(Sum)) and not any(
         symbols & sympy.diff(c.output, s).free_symbols for s in symbols)
-    if c.decay_kv is not None:
+    pairs = c.rows != "K"
+    if pairs and (c.reads or c.momentum is not None or any(_dims(part) for part in _linear(c))):
+        raise _no_summary(c, "its memory has a row for each pair of key dimensions, and is read or decays along them")
+    if c.decay_kv is not None or pairs:
         return "again", True
     if not c.reads and c.momentum is None:
         return "sums", not linear
@@ -61,18 +67,26 @@ def way(spec: str) -> tuple[str, bool]:
     gone = {r.symbol: sympy.S.Zero for r in c.reads}
     written = [w.value.xreplace(gone).xreplace(wide) for w in c.writes]
     if c.normalizer or any(expand(x) != 0 for x in written) or any(n.dim == "V" for w in c.writes for n in w.value.atoms(Sum)):
-        raise LsmNoChunkFormError(
-            f"{c.name} has no summary that ranks could exchange: what it writes is not zero where its inputs over V are",
-            where=c.where, help="leave the sequence whole for this method, and split the batch")  # fmt: skip
+        raise _no_summary(c, "what it writes is not zero where its inputs over V are")
     rest = c.output.xreplace(dict.fromkeys(symbols, sympy.S.Zero)).xreplace(wide)
     plain = not any("V" in f.dims for s in symbols for f in inputs_of(sympy.diff(c.output, s)))
     return "columns", not (linear and plain and expand(rest) == 0)
 
 
+def _no_summary(c: Canonical, why: str) -> LsmNoChunkFormError:
+    return LsmNoChunkFormError(f"{c.name} has no summary that ranks could exchange: {why}", where=c.where,
+                               help="leave the sequence whole for this method, and split the batch")
+
+
+def _shape(state: Field, K: int, V: int) -> tuple[int, int]:
+    """The rows and columns of a memory; "F" are the pairs of key dimensions."""
+    return K if "K" in state.dims else K * K, V if "V" in state.dims else 1
+
+
 def message(spec: str, K: int, V: int) -> int:
     """How many numbers per head a rank sends."""
     c, kind = ops.plan_of(spec).canonical, way(spec)[0]
-    states = sum(K * V if "V" in f.dims else K for f in c.states)
+    states = sum(rows * columns for rows, columns in (_shape(f, K, V) for f in c.states))
     if kind == "columns":
         return (K * len(c.states)) ** 2 + states
     size = {(): 1, ("K",): K, ("V",): V, ("K", "V"): K * V}
@@ -215,7 +229,7 @@ def _incoming(parts: Tensor, start: Sequence[Tensor], rank: Tensor | None, size:
     tokens where there is no `rank`. `sizes` are K and V."""
     c, columns = ops.plan_of(spec).canonical, way(spec)[0] == "columns"
     extent = dict(zip("KV", sizes))
-    shapes = [(extent["K"], extent["V"] if "V" in f.dims else 1) for f in c.states]
+    shapes = [_shape(f, *sizes) for f in c.states]
     many = len(shapes)
     linear = ([(many * extent["K"],) * 2] if columns
               else [tuple(extent[d] if d in _dims(p) else 1 for d in "KV") for p in _linear(c)])

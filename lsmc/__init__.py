@@ -35,10 +35,14 @@ from lsmc.maps import (
     expm1,
     gelu,
     l2norm,
+    layernorm,
     log,
     log1p,
     logsigmoid,
+    maximum,
     mean,
+    minimum,
+    pairs,
     relu,
     rmsnorm,
     rsqrt,
@@ -53,7 +57,7 @@ from lsmc.maps import (
     tanh,
 )
 from lsmc.reference import reference
-from lsmc.terms import M, diag, eye, grad, k, matrix, norm2, outer, q, scalar, total, v, vector
+from lsmc.terms import M, diag, eye, grad, k, matrix, norm2, outer, over, q, scalar, total, v, vector
 
 from lsmc import zoo  # isort: skip  (its files import the names above)
 from lsmc.api import compile  # isort: skip
@@ -106,13 +110,18 @@ __all__ = [
     "grad",
     "k",
     "l2norm",
+    "layernorm",
     "log",
     "log1p",
     "logsigmoid",
     "matrix",
+    "maximum",
     "mean",
+    "minimum",
     "norm2",
     "outer",
+    "over",
+    "pairs",
     "q",
     "reference",
     "relu",

@@ -11,7 +11,7 @@ from collections import defaultdict
 
 import sympy
 
-from lsmc.ir import Builder, Carry, Op, Program, operand, prune, scanned, verify
+from lsmc.ir import Builder, Carry, Op, Program, Scanned, operand, prune, verify
 
 
 def differentiate(program: Program) -> Program:
@@ -74,6 +74,10 @@ def _pullback(b: Builder, op: Op, d: int) -> list[tuple[int, int]]:
             if b.ops[x].kind == "inverse" and not ta:  # U = (I + L)⁻¹ B: dB = (I + L)⁻ᵀ dU and dL = −dB Uᵀ
                 return [(y, dy), (b.ops[x].args[0], b.mask(b.map(-operand(0), b.matmul(dy, op.id, tb=True)), strict=True))]
             return [(x, dx), (y, dy)]
+        case "rename":
+            return [(a[0], b.emit("rename", b.dims(a[0]), d))]
+        case "pairs":
+            return [(a[n], b.emit("pairs_grad", b.dims(a[n]), d, a[1 - n], wrt=n)) for n in (0, 1)]
         case "inverse":  # d(I + L)⁻¹ = −A dL A, kept strictly lower
             right = b.matmul(d, op.id, tb=True)
             return [(a[0], b.mask(b.map(-operand(0), b.matmul(op.id, right, ta=True)), strict=True))]
@@ -81,7 +85,7 @@ def _pullback(b: Builder, op: Op, d: int) -> list[tuple[int, int]]:
             w = b.mul(d, op.id)
             return [(a[0], b.emit("between_grad", ("T", "1"), w, before=op.attr("before")))]
         case "scan":
-            rows = scanned(op)[3]
+            rows = Scanned.of(op).rows
             return [(x, b.emit("scan_grad", b.dims(x), *a, d, wrt=n, **dict(op.attrs))) for n, x in enumerate(a) if x != rows]
         case "form":  # linear in each of P, X, Y: swap the cotangent in, take the partial by the operand
             wrt, strict, before, g = op.attr("wrt"), op.attr("strict"), op.attr("before"), a[-1]

@@ -18,6 +18,7 @@ from lsmc.errors import (
     LsmUnexpectedInputError,
     here,
 )
+from lsmc.expr import Field
 from lsmc.lowering import ops
 from lsmc.lowering.inductor import PASSES, compile_graph, constant
 from lsmc.lowering.plan import backend
@@ -40,6 +41,12 @@ def _signature(key: str) -> tuple[tuple[str, ...], tuple[str, ...], tuple[tuple[
 
 
 @constant
+def _shared(key: str) -> tuple[str, ...]:
+    """The inputs that are the same for all heads."""
+    return tuple(f.name for f in declared(key).canonical.inputs if f.per == "layer")
+
+
+@constant
 def _shapes(key: str) -> tuple[tuple[str, ...], ...]:
     """The named dimensions of each input: ("B", "T", "HV", "V")."""
     return tuple(checks.parts(f, step=False) for f in declared(key).canonical.inputs)
@@ -59,7 +66,8 @@ def _optional(key: str) -> tuple[str, ...]:
 def _spec_of(key: str, device: str, options: tuple[Any, ...], sizes: tuple[int, ...] | None) -> str:
     scale, chunk, schedule = options
     made = Options(scale=scale, chunk=chunk, schedule=schedule, target=backend(device))
-    canonical = declared(key).canonical
+    canonical = declared(key).canonical  # of an operator whose every head has inputs of its own: see `every_head`
+    canonical = canonical.substitute({f: Field(f.name, f.dims, "head") for f in canonical.inputs if f.per == "layer"})
     if sizes is None:
         return ops.register(compile_plan(canonical, made))
     sequences, tokens, key_size, value_size = sizes
@@ -96,12 +104,13 @@ def call(declaration: LSM, *, initial_state: State | None = None, return_final_s
          recompute: bool = False, **inputs: Any) -> Any:
     """o, or (o, state) with `return_final_state`: the method on whole sequences, differentiable in every input.
 
-    inputs              by name: q, k (B, T, H, K), v (B, T, HV, V), per token (B, T, HV, …), per head (HV, …); any
-                        strides, T ≥ 0, HV a multiple of H. Autocast casts q, k and v.
+    inputs              by name: q, k (B, T, H, K), v (B, T, HV, V), per token (B, T, HV, …), per head (HV, …), per layer (…);
+                        any strides, T ≥ 0, HV a multiple of H. Autocast casts q, k and v.
     initial_state       M (B, HV, K, V), float32 (float64 with float64 inputs), or the tuple of `Canonical.states`; zeros if None
     cu_seqlens          (N+1,) int: packed sequences with B = 1, empty ones allowed; states are then (N, HV, K, V)
     scale               multiplies q
-    chunk, schedule     fix what the compiler otherwise chooses: tokens per chunk (a power of two), a schedule's name
+    chunk, schedule     fix what the compiler otherwise chooses: tokens per chunk (a power of two; no more than a block
+                        has, where reads are of its start), a schedule's name
     recompute           keep nothing but the inputs for the backward, which then works the rest out again: less memory between
                         the two, more time
 
@@ -129,12 +138,23 @@ def call(declaration: LSM, *, initial_state: State | None = None, return_final_s
     if initial_state is not None:
         given = initial_state if isinstance(initial_state, tuple | list) else (initial_state,)
         dtype = ops.state_dtype(tensors[casts[-1] if casts else names[0]].dtype)
-        start = [s.to(dtype)[..., None] if dims == ("K",) else s.to(dtype) for s, dims in zip(given, states)]
+        start = [_as_tile(s.to(dtype), dims) for s, dims in zip(given, states)]
     o, *ends = ops.run([tensors[n] for n in names], start, cu_seqlens, spec, not recompute)[: 1 + len(states)]
     if not return_final_state:
         return o
-    ends = [e.squeeze(-1) if dims == ("K",) else e for e, dims in zip(ends, states)]
+    ends = [_of_tile(e, dims) for e, dims in zip(ends, states)]
     return o, tuple(ends) if len(ends) > 1 else ends[0]
+
+
+def _as_tile(x: Tensor, dims: tuple[str, ...]) -> Tensor:
+    """A state (N, HV, *dims) as matrices: a column where it has no dim V, a row where it has only that."""
+    x = x if "V" in dims else x[..., None]
+    return x if set(dims) - {"V"} else x.unsqueeze(-2)
+
+
+def _of_tile(x: Tensor, dims: tuple[str, ...]) -> Tensor:
+    x = x if set(dims) - {"V"} else x.squeeze(-2)
+    return x if "V" in dims else x.squeeze(-1)
 
 
 def _bind_traced(declaration: LSM, names: tuple[str, ...], inputs: Mapping[str, Any], state: State | None) -> dict[str, Tensor]:
@@ -174,7 +194,8 @@ def _bind_traced(declaration: LSM, names: tuple[str, ...], inputs: Mapping[str, 
         if name not in tensors:
             dtype = ops.state_dtype(like.dtype)
             tensors[name] = torch.tensor(_defaults(declaration.key, name, heads), dtype=dtype, device=like.device)
-    return {name: tensors[name] for name in names}
+    shared = _shared(declaration.key)
+    return {name: checks.every_head(tensors[name], heads) if name in shared else tensors[name] for name in names}
 
 
 def step(declaration: LSM, *, state: State | None = None, scale: float = 1.0, **inputs: Any) -> tuple[Tensor, State]:

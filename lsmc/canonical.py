@@ -27,16 +27,19 @@ import sympy
 
 from lsmc.errors import LsmDecayError, LsmDimsError, LsmUpdateError, Where
 from lsmc.expr import (
+    BIAS,
     DIMS,
     KV,
     MEMORIES,
     MEMORY,
     NORMALIZER,
     Field,
+    Over,
     Sum,
     contract,
     dims_of,
     inputs_of,
+    rows_of,
     show,
     show_dims,
 )
@@ -49,14 +52,15 @@ _SHOWN = {"previous": "M", "decayed": "M'", "updated": "M+"}
 @dataclass(frozen=True)
 class Read:
     """``symbol = key · M_{s-1}`` (at="previous") or ``key · D(M_{s-1})`` (at="decayed"); key has dims
-    (K,), symbol (V,)."""
+    (K,), symbol (V,).  Of the bias (of="Mb") the key is 1."""
 
     symbol: Field
     key: sympy.Expr
     at: str
+    of: str = "M"
 
     def __str__(self) -> str:
-        return f"{self.symbol} = ({show(self.key)}) . {_SHOWN[self.at]}"
+        return f"{self.symbol} = ({show(self.key)}) . {_SHOWN[self.at].replace('M', self.of)}"
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,8 @@ class Write:
 
 @dataclass(frozen=True)
 class Query:
-    """``symbol = key · M`` (of="M", symbol dims (V,)) or ``key · Z`` (of="Z", symbol dims ()), at
-    previous, decayed or updated."""
+    """``symbol = key · M`` (of="M", symbol dims (V,)), ``key · Z`` (of="Z", symbol dims ()) or the bias (of="Mb",
+    key 1, symbol dims (V,)), at previous, decayed or updated."""
 
     symbol: Field
     key: sympy.Expr
@@ -84,11 +88,13 @@ class Canonical:
 
     One step: reads from M_{s-1} or D(M_{s-1});  M_s = D(M_{s-1}) + Σ_w key_wᵀ value_w;  queries;  o =
     output (dims (V,)). D(M) = e^{decay_k + i phase} ⊙ M ⊙ e^{decay_v} ⊙ e^{decay_kv}; the parts are log decays with
-    dims () or (K,); (V,); (K, V), or None, and angles with dims () or (K,): M is complex then, and real parts are
-    read. With `momentum` (a log decay, dims ()) an accumulator P takes the writes: P_s = e^{momentum} P_{s-1} + Σ_w
+    dims () or (K,); (V,); (K, V), or None, and angles with dims (), (K,) or (K, V): M is complex then, and real parts
+    are read. With `momentum` (a log decay, dims ()) an accumulator P takes the writes: P_s = e^{momentum} P_{s-1} + Σ_w
     key_wᵀ value_w and M_s = D(M_{s-1}) + P_s. `inputs`: q, k, v (those that are used), then the decay's
     inputs, then the others, by name. `normalizer`: there is a second memory Z ∈ R^K, the same recurrence
-    with v = 1 (its reads are scalars key · Z). `defaults`: per-head inputs that may be omitted, as
+    with v = 1 (its reads are scalars key · Z). With a `bias` there is a row Mb ∈ R^V beside M, the same recurrence with
+    keys 1. With a `block` all reads are of the memory at the start of the present block of so many tokens, and may enter
+    the values in any way; of one token, that is M_{s-1}. `defaults`: per-head inputs that may be omitted, as
     functions of the number of heads. `where`: the update in the user's source, for errors of later stages.
     `scale` of a call multiplies every occurrence of q.
     """
@@ -107,13 +113,44 @@ class Canonical:
     where: Where | None = field(default=None, compare=False, repr=False)
     phase: sympy.Expr | None = None
     momentum: sympy.Expr | None = None
+    block: int | None = None
 
     @property
     def states(self) -> tuple[Field, ...]:
         """The memories that a step hands to the next, in the order of the state: M; I, the imaginary part of a complex
-        one; P, what momentum accumulates; Z, the normaliser."""
-        there = {"I": self.phase is not None, "P": self.momentum is not None, "Z": self.normalizer}
-        return (Field("M", DIMS), *(Field(name, DIMS if name != "Z" else ("K",)) for name in there if there[name]))
+        one; P, what momentum accumulates; Z, the normaliser; Mb, the bias; in blocks of several tokens M0 and Mb0, M and Mb
+        at the start of the block, and Mt, how many of its tokens have been, the same for all heads."""
+        whole, blocks = (self.rows, "V"), self.block is not None and self.block > 1
+        there = {"M": (True, whole), "I": (self.phase is not None, whole), "P": (self.momentum is not None, whole),
+                 "Z": (self.normalizer, (self.rows,)), "Mb": (self.bias, ("V",)), "M0": (blocks, whole),
+                 "Mb0": (blocks and self.bias, ("V",)), "Mt": (blocks, ())}  # fmt: skip
+        return tuple(Field(name, dims) for name, (is_there, dims) in there.items() if is_there)
+
+    @property
+    def bias(self) -> bool:
+        """Whether there is a row Mb of keys 1."""
+        return "Mb" in {*(r.of for r in self.reads), *(y.of for y in self.queries)}
+
+    @property
+    def square(self) -> bool:
+        """Whether K = V: some vector over one of them is taken for one over the other."""
+        return any(expr.has(Over) for expr in (*self.keys, *(w.value for w in self.writes), self.output, *self.decays))
+
+    @property
+    def matrix(self) -> bool:
+        """Whether entries of the memory decay, or turn, each by a factor of its own."""
+        turns_along_v = self.phase is not None and (self.decay_v is not None or "V" in dims_of(self.phase))
+        return self.decay_kv is not None or turns_along_v
+
+    @property
+    def keys(self) -> tuple[sympy.Expr, ...]:
+        """Of reads, writes and queries."""
+        return *(r.key for r in self.reads), *(w.key for w in self.writes), *(y.key for y in self.queries)
+
+    @property
+    def rows(self) -> str:
+        """What the rows of the memory run over: "K", or "F", the K·K pairs."""
+        return "F" if any(rows_of(key) == {"F"} for key in self.keys) else "K"
 
     @property
     def decays(self) -> tuple[sympy.Expr, ...]:
@@ -155,7 +192,7 @@ class Canonical:
         known = {symbol.name for symbol in inputs} - {symbol.name for symbol in table}
         defaults = {name: default for name, default in self.defaults.items() if name in known}
         return Canonical(self.name, inputs, *decays[:3], reads, writes, queries, output, self.normalizer, defaults, self.where,
-                         *decays[3:])
+                         *decays[3:], self.block)
 
     def __str__(self) -> str:
         lines = [
@@ -169,7 +206,8 @@ class Canonical:
         if self.phase is not None:
             parts.append(f"exp(i ({show(self.phase)})){show_dims(dims_of(self.phase)).replace(' ', '')}")
         lines.append(f"  decay   M' = {' * '.join([*parts, 'M'])}")
-        lines += [f"  read    {read}" for read in self.reads]
+        start = f" at the start of its block of {self.block}" if self.block is not None else ""
+        lines += [f"  read    {read}{start}" for read in self.reads]
         into = "M+ = M'" if self.momentum is None else f"P+ = exp({show(self.momentum)}) * P"
         lines += [f"  write   {into} + ({show(w.key)})^T ({show(w.value)})" for w in self.writes[:1]]
         lines += [f"               + ({show(w.key)})^T ({show(w.value)})" for w in self.writes[1:]]
@@ -199,15 +237,16 @@ def expand(expr: sympy.Expr) -> sympy.Expr:
     return sympy.Add(*(expand(term) for term in terms))
 
 
-def tidy(expr: sympy.Expr) -> sympy.Expr:
-    """The same value with signs, contractions and arguments in a standard form, bottom-up."""
+def tidy(expr: sympy.Expr, spread: bool = True) -> sympy.Expr:
+    """The same value with signs, contractions and arguments in a standard form, bottom-up; with `spread` products are
+    distributed over sums."""
     if not expr.args:
         return expr
-    args = [tidy(arg) for arg in expr.args]
+    args = [tidy(arg, spread) for arg in expr.args]
     if isinstance(expr, Sum):
         dim, body = args
         if type(expr) is Sum:
-            return contract(str(dim), body if dims_of(body) else expand(body))
+            return contract(str(dim), body if dims_of(body) or not spread else expand(body))
         return expr.func(dim, body)
     if isinstance(expr, sympy.Pow) and isinstance(args[0], sympy.Add) and args[0].could_extract_minus_sign():
         if args[1].is_Integer:  # (R - v)² and (v - R)² are one; odd powers carry the sign outside
@@ -215,7 +254,7 @@ def tidy(expr: sympy.Expr) -> sympy.Expr:
     if isinstance(expr, sympy.Abs | sympy.sign):  # sympy makes them of √x²
         return (Abs if isinstance(expr, sympy.Abs) else sign)(args[0])
     made = expr.func(*args)
-    return expand(made) if isinstance(made, sympy.Mul) else made
+    return expand(made) if spread and isinstance(made, sympy.Mul) else made
 
 
 def separate(expr: sympy.Expr) -> list[tuple[sympy.Expr, sympy.Expr]]:
@@ -306,6 +345,18 @@ def collect(
     return sorted((pair for pair in found if pair[0] != 0), key=lambda pair: (show(pair[0]), show(pair[1])))
 
 
+def gather(pairs: Iterable[tuple[sympy.Expr, sympy.Expr]]) -> list[tuple[sympy.Expr, sympy.Expr]]:
+    """Σ aᵢ bᵢ with one product for each key, in a standard order. Values stay as they were written, common factors taken out:
+    multiplied out, the derivative of a norm is a difference of large terms."""
+    by_key: dict[sympy.Expr, sympy.Expr] = {}
+    for a, b in pairs:
+        for term in sympy.Add.make_args(expand(a)):
+            factor, key = split_scalars(term)
+            by_key[key] = by_key.get(key, sympy.S.Zero) + factor * b
+    found = [(key, sympy.factor_terms(value)) for key, value in by_key.items() if value != 0]
+    return sorted(found, key=lambda pair: show(pair[0]))
+
+
 #
 # --- reads
 
@@ -322,8 +373,10 @@ class _Reads:
         )
 
     def replace(self, expr: sympy.Expr) -> sympy.Expr:
-        """`expr` with every ``Sum(K, key * M)`` replaced; raises ValueError when a read is not linear in
+        """`expr` with every ``Sum(K, key * M)`` and every bias replaced; raises ValueError when a read is not linear in
         the memory."""
+        if expr in BIAS.values():
+            return self.symbol(expr, sympy.S.One)
         if not (expr.free_symbols & MEMORIES) or not expr.args:
             return expr
         args = [self.replace(arg) for arg in expr.args]
@@ -344,6 +397,12 @@ def linear(expr: sympy.Expr, memory: Field) -> tuple[sympy.Expr, sympy.Expr]:
     if factor is None or memory in factor.free_symbols:
         raise ValueError(f"{show(expr)} is not linear in {memory}")
     return factor, expr.xreplace({memory: sympy.S.Zero})
+
+
+def bent(value: sympy.Expr, reads: Iterable[Field]) -> bool:
+    """Whether a value is no elementwise affine function of what is read: no c + Σ b ⊙ R."""
+    there = [s for s in reads if s in value.free_symbols]
+    return any(_under_sum(value, s) for s in there) or any(_depends(sympy.diff(value, s), there) for s in there)
 
 
 def _under_sum(expr: sympy.Expr, memory: Field) -> bool:
@@ -368,6 +427,7 @@ def canonicalise(
     *,
     recurrence: bool = False,
     momentum: sympy.Expr | None = None,
+    block: int | None = None,
     where: Where | None = None,
 ) -> Canonical:
     """The canonical form of M_s = D(M_{s-1}) + update (or, with `recurrence`, M_s = update), o = readout.
@@ -385,7 +445,7 @@ def canonicalise(
 
     def named(expr: sympy.Expr, bare: str) -> sympy.Expr:
         table = {}
-        for fields in (MEMORY, NORMALIZER):
+        for fields in (MEMORY, NORMALIZER, BIAS):
             table[fields["current"]] = fields[bare]
             if still:
                 table[fields["decayed"]] = fields["previous"]
@@ -409,11 +469,11 @@ def canonicalise(
     previous, decayed = MEMORY["previous"], MEMORY["decayed"]
     way = "an update is a sum of outer(key over K, value over V), possibly with reads x @ M in the values, and multiples of M"
     try:
-        rest = reads.replace(tidy(named(update, "previous")))
+        rest = reads.replace(tidy(named(update, "previous"), block is None))
         kept: dict[Field, sympy.Expr] = {}
         for memory in (previous, decayed):
             kept[memory], rest = linear(rest, memory)
-        pairs = collect(separate(rest), reads.symbols.values())
+        pairs = collect(separate(rest), reads.symbols.values()) if block is None else gather(separate(rest))
     except ValueError as error:
         raise LsmUpdateError(f"{name}: {error}", where=spot, help=way) from None
     if recurrence:
@@ -448,23 +508,21 @@ def canonicalise(
         name, decay_k, decay_v, decay_kv, {m: expand(f) for m, f in kept.items()}, reads_decayed, spot
     )
 
-    if decay_k is not None and decay_v is None and decay_kv is None and phase is None:
+    if block is None and decay_k is not None and decay_v is None and decay_kv is None and phase is None:
         used, pairs = _after_decay(decay_k, used, pairs, reads)
 
     # names in a standard order: by place, then by the text of the key
-    order = sorted(used, key=lambda symbol: (used[symbol][0].name != previous.name, show(used[symbol][1])))
+    places = {field: (of, at) for of, fields in (("M", MEMORY), ("Mb", BIAS)) for at, field in fields.items()}
+    order = sorted(used, key=lambda symbol: (places[used[symbol][0]][1] != "previous", places[used[symbol][0]][0],
+                                             show(used[symbol][1])))  # fmt: skip
     rename = {symbol: Field(f"R{i}", ("V",)) for i, symbol in enumerate(order)}
     # values are collected again under the final names, so that their order of terms does not depend on the
     # writing
-    writes = tuple(
-        Write(key, value)
-        for key, value in collect(((key, value.xreplace(rename)) for key, value in pairs), rename.values())
-    )
-    read_list = tuple(
-        Read(rename[s], used[s][1], "previous" if used[s][0] == previous else "decayed") for s in order
-    )
+    pairs = [(key, value.xreplace(rename)) for key, value in pairs]
+    writes = tuple(Write(*pair) for pair in (collect(pairs, rename.values()) if block is None else pairs))
+    read_list = tuple(Read(rename[s], used[s][1], *places[used[s][0]][::-1]) for s in order)
 
-    queries, output = _queries(name, tidy(named(readout, "updated")), seen)
+    queries, output = _queries(name, tidy(named(readout, "updated"), block is None), block is None, seen)
     normalizer = any(query.of == "Z" for query in queries)
     if normalizer:
         if phase is not None or momentum is not None:
@@ -473,8 +531,49 @@ def canonicalise(
         _check_normalizer(name, decay_v, decay_kv, writes, read_list, seen)
 
     made = Canonical(name, (), decay_k, decay_v, decay_kv, read_list, writes, queries, output, normalizer, defaults, spot,
-                     phase, momentum)
+                     phase, momentum, block)
+    _check_rows(made, where)
+    _check_block(made, where)
+    if made.bias:
+        _check_bias(made, where)
     return made.substitute({})
+
+
+def _check_rows(made: Canonical, where: Where | None) -> None:
+    """All keys and queries run over the rows of one memory; K·K of them decay alike."""
+    kinds = {kind for key in made.keys for kind in rows_of(key)}
+    if len(kinds) > 1:
+        raise LsmDimsError(f"{made.name}: keys and queries over K meet others over pairs in one memory",
+                           where=where.at("readout") if where else None, help="read and write with pairs(…)")  # fmt: skip
+    for part in (made.decay_k, made.decay_kv, made.phase):
+        if part is not None and "K" in dims_of(part) and "F" in kinds | rows_of(part):
+            raise LsmDimsError(f"{made.name}: {show(part)} varies along K; the memory has a row for every pair of K",
+                               where=where.at("decay") if where else None, help="decay by a scalar, or along V")  # fmt: skip
+
+
+def _check_block(made: Canonical, where: Where | None) -> None:
+    """A block says at which memory reads are taken: that of its start, which has not decayed since."""
+    if made.block is None:
+        return
+    if any(read.at != "previous" for read in made.reads):
+        raise LsmUpdateError(f"{made.name}: block={made.block} reads the memory at a block's start, and M.decayed is read",
+                             where=made.where, help="read M")  # fmt: skip
+    if not made.reads:
+        raise LsmUpdateError(f"{made.name}: block={made.block} says at which memory the update reads, and it reads none",
+                             where=where.at("block") if where else None, help="leave block= out")  # fmt: skip
+    if made.normalizer:
+        raise LsmUpdateError(f"{made.name}: M.normalizer beside block={made.block}", where=where.at("readout") if where else None,
+                             help="keep a normaliser of your own as a second declaration")  # fmt: skip
+
+
+def _check_bias(made: Canonical, where: Where | None) -> None:
+    """The bias is a row beside those of M: it decays as all of them do."""
+    along = made.decay_k is not None and dims_of(made.decay_k)
+    for there, what in ((along, "a decay along K"), (made.decay_kv, "a decay of a matrix"), (made.phase, "a rotation"),
+                        (made.momentum, "momentum"), (made.normalizer, "M.normalizer")):  # fmt: skip
+        if there:
+            raise LsmUpdateError(f"{made.name}: M.bias beside {what}", where=where.at("readout") if where else None,
+                                 help="decay by one number for each head, or along V")  # fmt: skip
 
 
 def _after_decay(
@@ -571,20 +670,20 @@ def _log(factor: sympy.Expr, name: str, where: Where | None) -> sympy.Expr:
     return sympy.Add(*parts)
 
 
-def _queries(name: str, readout: sympy.Expr, where: Where | None) -> tuple[tuple[Query, ...], sympy.Expr]:
+def _queries(name: str, readout: sympy.Expr, spread: bool, where: Where | None) -> tuple[tuple[Query, ...], sympy.Expr]:
     """Queries and the output over their symbols."""
     found = _Reads()
     way = "read the memory with a row vector: q @ M, q @ M.previous, q @ (M.previous + outer(u * k, v)), q @ M.normalizer"
     try:
-        output = tidy(found.replace(readout))
+        output = tidy(found.replace(readout), spread)
     except ValueError as error:
         raise LsmUpdateError(f"{name}: readout: {error}", where=where, help=way) from None
     if output.free_symbols & MEMORIES:
         raise LsmUpdateError(
             f"{name}: the readout {show(output)} uses the memory without reading it", where=where, help=way
         )
-    output = expand(output)
-    places = [field.name for field in (*MEMORY.values(), *NORMALIZER.values())]
+    output = expand(output) if spread else output
+    places = [field.name for field in (*MEMORY.values(), *NORMALIZER.values(), *BIAS.values())]
     order = sorted(
         (
             (symbol, memory, key)
@@ -601,10 +700,12 @@ def _queries(name: str, readout: sympy.Expr, where: Where | None) -> tuple[tuple
                 f"{name}: the query {show(key)} depends on what was read", where=where, help=way
             )
         of, at = memory.name.split(".")
-        rename[symbol] = Field(f"{'Y' if of == 'M' else 'N'}{counts[of]}", ("V",) if of == "M" else ())
-        counts[of] += 1
+        kind = "Z" if of == "Z" else "M"
+        rename[symbol] = Field(f"{'N' if of == 'Z' else 'Y'}{counts[kind]}", symbol.dims)
+        counts[kind] += 1
         queries.append(Query(rename[symbol], key, at, of))
-    return tuple(queries), expand(tidy(output.xreplace(rename)))
+    output = tidy(output.xreplace(rename), spread)
+    return tuple(queries), expand(output) if spread else output
 
 
 def _check_normalizer(
@@ -637,6 +738,7 @@ __all__ = [
     "Query",
     "Read",
     "Write",
+    "bent",
     "canonicalise",
     "collect",
     "content",

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from itertools import product
+from dataclasses import dataclass, fields, replace
+from itertools import cycle, product
 from typing import Any
 
 import sympy
@@ -132,6 +132,9 @@ class Sample:
 def sample(declaration: Any, case: Case, *, batch: int | None = None) -> Sample:
     """Draws the inputs of a case. ``batch`` draws that many initial states (one for each packed sequence)."""
     canonical = declaration.canonical
+    if canonical.square:  # and of three numbers at least: a norm of one is constant, and its derivative all rounding
+        size = max(3, case.key_dim)
+        case = replace(case, key_dim=size, value_dim=size)
     generator = torch.Generator().manual_seed(case.seed)
     reads = bool(canonical.reads)
     gate_of = _gate_domains(canonical)
@@ -160,11 +163,21 @@ def sample(declaration: Any, case: Case, *, batch: int | None = None) -> Sample:
     state: Tensor | tuple[Tensor, ...] | None = None
     if case.initial_state:
         lead = (batch or case.batch, case.heads * case.groups)
-        sizes = {"K": case.key_dim, "V": case.value_dim}
-        drawn = [_randn((*lead, *(sizes[d] for d in f.dims)), generator) for f in canonical.states]
-        parts = tuple((x.abs() if f.name == "Z" else x).requires_grad_() for f, x in zip(canonical.states, drawn))
+        parts = tuple(_memory(canonical, f, lead, case, generator).requires_grad_() for f in canonical.states)
         state = parts if len(parts) > 1 else parts[0]
     return Sample(inputs, state, case.scale, frozenset(per_token))
+
+
+def _memory(canonical: Any, field: Field, lead: tuple[int, ...], case: Case, generator: torch.Generator) -> Tensor:
+    """A memory that tokens may have left: a normaliser is a sum of keys, which are positive, or pairs; tokens are counted."""
+    if not field.dims:
+        return torch.randint(0, canonical.block, lead[:1], generator=generator).double()[:, None].expand(lead).clone()
+    sizes = {"K": case.key_dim, "V": case.value_dim, "F": case.key_dim**2}
+    if field.name == "Z" and field.dims == ("F",):
+        keys = _randn((*lead, case.key_dim, case.key_dim), generator)
+        return (keys.mT @ keys).flatten(-2)
+    drawn = _randn((*lead, *(sizes[d] for d in field.dims)), generator)
+    return drawn.abs() if field.name == "Z" else drawn
 
 
 ELSEWHERE = 1 / 16
@@ -173,16 +186,19 @@ ELSEWHERE = 1 / 16
 
 
 def _read_elsewhere(canonical: Any) -> set[Field]:
-    """The inputs in keys of reads that correct what is written at another key."""
-    pairs = [(r.key, w.key) for r in canonical.reads for w in canonical.writes if r.symbol in w.value.free_symbols]
-    return {f for read, written in pairs if read != written for f in read.free_symbols - written.free_symbols}
+    """The inputs in keys of reads that correct what is written at other keys only."""
+    found = set()
+    for r in canonical.reads:
+        written = {w.key for w in canonical.writes if r.symbol in w.value.free_symbols}
+        if r.key not in written:
+            found |= r.key.free_symbols - set().union(*(key.free_symbols for key in written))
+    return found
 
 
 def _shape(item: Any, case: Case) -> tuple[int, ...]:
-    heads = case.heads if item.heads == "H" else case.heads * case.groups
-    sizes = {"K": case.key_dim, "V": case.value_dim}
-    lead = (case.batch, case.time, heads) if item.per == "token" else (heads,)
-    return (*lead, *(sizes[dim] for dim in item.dims))
+    heads = case.heads * case.groups
+    sizes = {"B": case.batch, "T": case.time, "H": case.heads, "HV": heads, "K": case.key_dim, "V": case.value_dim}
+    return tuple(sizes[part] for part in item.parts)
 
 
 Warp = Callable[[Tensor], Tensor]
@@ -240,10 +256,10 @@ def _evaluate(expr: sympy.Expr, points: Mapping[Field, Tensor]) -> Tensor:
 
 
 CORNERS = tuple(
-    Case(batch=2, time=37, groups=2, key_dim=3, value_dim=2, gates=gates, initial_state=True, cuts=(5, 5, 21))
-    for gates in GATES
+    Case(batch=2, time=chunk + 21, groups=2, key_dim=3, value_dim=2, chunk=chunk, gates=gates, initial_state=True, cuts=(5, 5, 21))
+    for gates, chunk in zip(GATES, cycle(CHUNKS))
 )
-"""Tested after the random cases: every range of gates over several chunks, from an initial state."""
+"""Tested after the random cases: every range of gates and every chunk length, over two chunks, from an initial state."""
 
 
 def cases(seed: int = 0) -> Any:

@@ -116,7 +116,7 @@ def check(
     from lsmc.laws import check as check_declaration
 
     declaration = _resolve(method)
-    report = check_declaration(declaration, examples=examples, seed=seed)
+    report = check_declaration(declaration, examples=examples, seed=seed, progress=True)
     _console().print(escape(str(report)))
 
 

@@ -6,7 +6,8 @@
     Vector("g")         D(M) = diag(e^g) M            g (B, T, HV, K), ≤ 0;  over="V": M diag(e^g), g (B,
     T, HV, V)
     Matrix("A")         D(M) = e^A ⊙ M                A (B, T, HV, K, V), ≤ 0
-    Rotation("theta")   D(M) = diag(e^{iθ}) M         theta (B, T, HV, K), any angles; the memory is complex
+    Rotation("theta")   D(M) = diag(e^{iθ}) M         theta (B, T, HV, K), any angles; the memory is complex; of an
+    expression over (K, V): D(M) = e^{iθ} ⊙ M
 
 The argument is the name of an input or an expression of the *log* decay:
 ``Scalar(-softplus(scalar("f")))``; a decay given as a factor a in (0, 1] is ``log(a)``:
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import sympy
 
@@ -26,7 +27,7 @@ from lsmc.errors import LsmDecayError, LsmDeclarationError, LsmDimsError, Where,
 from lsmc.expr import KV, MEMORIES, Dim, Field, show, show_dims
 from lsmc.expr import K as OVER_K
 from lsmc.expr import V as OVER_V
-from lsmc.terms import Memory, Term, as_term, matrix, scalar, vector
+from lsmc.terms import Memory, Per, Term, as_term, matrix, scalar, vector
 
 Default = Callable[[int], list[float]]
 """The values of a per-head input for HV heads, when the caller does not pass it."""
@@ -35,7 +36,7 @@ Default = Callable[[int], list[float]]
 class Decay:
     """A log decay in up to four parts: D(M) = e^{k + i phase} ⊙ M ⊙ e^{v} ⊙ e^{kv}, each part None when absent.
 
-    log_k    dims () or (K,)    log_v   dims (V,)    log_kv   dims (K, V)    phase   dims () or (K,)
+    log_k    dims () or (K,)    log_v   dims (V,)    log_kv   dims (K, V)    phase   dims (), (K,) or (K, V)
     defaults   per-head inputs that a call may omit, as functions of the number of heads
     """
 
@@ -187,7 +188,7 @@ class Matrix(Decay):
 
     __slots__ = ()
 
-    def __init__(self, A: str | Term, *, per: Literal["token", "head"] = "token") -> None:
+    def __init__(self, A: str | Term, *, per: Per = "token") -> None:
         where = here()
         term = matrix(A, per=per) if isinstance(A, str) else _log_decay(A, where, "A")
         _need(term, (KV,), "Matrix", where)
@@ -195,11 +196,12 @@ class Matrix(Decay):
 
 
 class Rotation(Decay):
-    """D(M) = diag(e^{iθ}) M with angles θ (B, T, HV, K): entries of a complex memory turn, each by a phase of its own.
+    """D(M) = diag(e^{iθ}) M with angles θ (B, T, HV, K): rows of a complex memory turn, each by a phase of its own; or, with
+    angles over (K, V), entries.
 
     Beside a log decay g, ``Vector("g") * Rotation("theta")``, a step multiplies by e^{g + iθ}. What is written is real,
     and what is read is the real part: q @ M is Re(q M). The state is the pair (real part, imaginary part).
-    `theta` is the name of an input or an expression with dims (K,) or ().
+    `theta` is the name of an input or an expression with dims (K,), () or (K, V).
     """
 
     __slots__ = ()
@@ -207,7 +209,7 @@ class Rotation(Decay):
     def __init__(self, theta: str | Term) -> None:
         where = here()
         term = vector(theta) if isinstance(theta, str) else _log_decay(theta, where, "theta")
-        _need(term, (frozenset(), OVER_K), "Rotation", where)
+        _need(term, (frozenset(), OVER_K, KV), "Rotation", where)
         super().__init__(phase=term.expr, where=where)
 
 
@@ -223,8 +225,10 @@ def _need(term: Term, allowed: tuple[frozenset[str], ...], kind: str, where: Whe
     spot = where.at(0) if where else None
     if isinstance(term, Memory) or term.expr.free_symbols & MEMORIES:
         raise LsmDeclarationError(
-            f"the decay {term!r} depends on the memory", where=spot, help="decays depend on inputs only"
-        )
+            f"the decay {term!r} depends on the memory", where=spot,
+            help="decays depend on inputs only: gates that mix in what was read make each step a nonlinear function of the last, "
+            "so that no chunk of tokens could be computed together",
+        )  # fmt: skip
     if term.dims not in allowed:
         want = " or ".join(show_dims(dims) for dims in allowed)
         kinds = {

@@ -224,7 +224,8 @@ class LsmNotAffineError(LsmError):
         return cls(
             f"{name}: the written value {value} is not affine in {which}; a chunk of tokens cannot be solved together",
             where=where,
-            help="run it one token at a time with lsmc.reference(...), or make the correction linear in the read",
+            help="block=16 reads at the start of blocks of 16 tokens, block=1 runs them one after the other; or make the "
+            "correction linear in the read",
         )
 
 

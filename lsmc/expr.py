@@ -26,7 +26,7 @@ class Field(sympy.Symbol):  # type: ignore[misc]
 
     dims   the named dims it varies over, a subset of ("K", "V") in that order
     per    "token": one value per (batch, token, head), shape (B, T, heads, *dims);  "head": shape (heads,
-    *dims)
+    *dims);  "layer": the same for all heads, shape (*dims)
     heads  "HV" value heads, or "H" query/key heads (value head j uses head j // (HV // H))
     """
 
@@ -38,7 +38,7 @@ class Field(sympy.Symbol):  # type: ignore[misc]
         cls,
         name: str,
         dims: Iterable[str] = (),
-        per: Literal["token", "head"] = "token",
+        per: Literal["token", "head", "layer"] = "token",
         heads: Literal["H", "HV"] = "HV",
     ) -> Field:
         made: Field = sympy.Symbol.__xnew__(cls, name, real=True)
@@ -56,9 +56,19 @@ class Field(sympy.Symbol):  # type: ignore[misc]
     @property
     def shape(self) -> str:
         """The shape of the tensor to pass, as text: ``(B, T, HV, K)``."""
-        lead = ("B", "T") if self.per == "token" else ()
-        size = "".join(f"{part}, " for part in (*lead, self.heads, *self.dims))
-        return f"({size[:-2]})" if len((*lead, self.heads, *self.dims)) > 1 else f"({size.strip()})"
+        size = "".join(f"{part}, " for part in self.parts)
+        return f"({size[:-2]})" if len(self.parts) > 1 else f"({size.strip()})"
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The named dimensions of the tensor to pass, in order."""
+        lead = {"token": ("B", "T", self.heads), "head": (self.heads,), "layer": ()}[self.per]
+        return (*lead, *self.dims)
+
+    @property
+    def tile(self) -> tuple[str, str]:
+        """The dimensions as those of a matrix, 1 where there is none: rows over K, columns over V."""
+        return next((d for d in self.dims if d != "V"), "1"), "V" if "V" in self.dims else "1"
 
 
 class Sum(sympy.Function):  # type: ignore[misc]
@@ -103,6 +113,27 @@ class Max(Sum):
         return None
 
 
+class Pairs(sympy.Function):  # type: ignore[misc]
+    """``Pairs(x)``: the products x_a x_b of a vector over K, one for each of K·K rows of a memory: vec(xᵀx).
+
+    It counts as a vector over K, the rows, of which there are K·K; `rows_of` tells the two apart.
+    """
+
+    nargs = 1
+
+    def _eval_is_extended_real(self) -> bool:
+        return True
+
+
+class Over(sympy.Function):  # type: ignore[misc]
+    """``Over(d, x)``: the numbers of a vector over the other dim as a vector over `d`; K = V then."""
+
+    nargs = 2
+
+    def _eval_is_extended_real(self) -> bool:
+        return True
+
+
 DIM_SYMBOL: dict[str, sympy.Symbol] = {name: sympy.Symbol(name) for name in DIMS}
 
 _dims_cache: dict[sympy.Basic, frozenset[str]] = {}
@@ -118,10 +149,24 @@ def dims_of(expr: sympy.Basic) -> frozenset[str]:
     if found is None:
         if isinstance(expr, Sum):
             found = dims_of(expr.args[1]) - {str(expr.args[0])}
+        elif isinstance(expr, Over):
+            found = frozenset({str(expr.args[0])})
         else:
             found = frozenset().union(*(dims_of(arg) for arg in expr.args))
         _dims_cache[expr] = found
     return found
+
+
+def rows_of(expr: sympy.Basic) -> frozenset[str]:
+    """What an expression over K runs over: "K", or "F", the K·K pairs of `Pairs`; both where it mixes them, which has no
+    meaning; neither where only the memory varies over K, whose rows are whatever its keys are."""
+    if isinstance(expr, Pairs):
+        return frozenset("F")
+    if isinstance(expr, Field):
+        return frozenset("K") & frozenset(expr.dims) if expr not in MEMORIES else frozenset()
+    if isinstance(expr, Over) or (isinstance(expr, Sum) and expr.dim == "K"):
+        return frozenset("K") & dims_of(expr)
+    return frozenset().union(*(rows_of(arg) for arg in expr.args))
 
 
 def show_dims(dims: Iterable[str]) -> str:
@@ -158,6 +203,12 @@ class _Printer(StrPrinter):  # type: ignore[misc]
     def _print_Sum(self, expr: Sum) -> str:
         return f"sum_{expr.dim}({self._print(expr.body)})"
 
+    def _print_Pairs(self, expr: Pairs) -> str:
+        return f"pairs({self._print(expr.args[0])})"
+
+    def _print_Over(self, expr: Over) -> str:
+        return f"over_{expr.args[0]}({self._print(expr.args[1])})"
+
     def _print_Max(self, expr: Max) -> str:
         return f"max_{expr.dim}({self._print(expr.body)})"
 
@@ -183,7 +234,8 @@ MEMORY: dict[str, Field] = {
 NORMALIZER: dict[str, Field] = {
     at: Field(field.name.replace("M", "Z", 1), ("K",)) for at, field in MEMORY.items()
 }
-MEMORIES = frozenset(MEMORY.values()) | frozenset(NORMALIZER.values())
+BIAS: dict[str, Field] = {at: Field(field.name.replace("M", "Mb", 1), ("V",)) for at, field in MEMORY.items()}
+MEMORIES = frozenset(MEMORY.values()) | frozenset(NORMALIZER.values()) | frozenset(BIAS.values())
 
 
 def inputs_of(expr: sympy.Basic) -> frozenset[Field]:

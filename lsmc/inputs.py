@@ -1,14 +1,15 @@
 """The tensors of a call, checked against the declaration: names, dtypes and shapes, once for the operator
 and the reference.
 
-    q, k (B, T, H, K)   v (B, T, HV, V)   per token (B, T, HV, *dims)   per head (HV, *dims)   HV a
-    multiple of H; state M (B, HV, K, V), or the tuple of `Canonical.states`, each (B, HV, *dims); with cu_seqlens B = 1
-    and N states for N sequences
+    q, k (B, T, H, K)   v (B, T, HV, V)   per token (B, T, HV, *dims)   per head (HV, *dims)   per layer (*dims),
+    which becomes (HV, *dims)   HV a multiple of H; state M (B, HV, K, V), or the tuple of `Canonical.states`, each
+    (B, HV, *dims); with cu_seqlens B = 1 and N states for N sequences
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,15 @@ class Sizes:
     K: int
     V: int
     N: int
+
+    @property
+    def F(self) -> int:
+        """The rows of a memory whose keys are pairs."""
+        return self.K * self.K
+
+    def of(self, dims: Iterable[str]) -> tuple[int, ...]:
+        """The sizes of these dimensions, those called 1 included."""
+        return tuple(1 if dim == "1" else getattr(self, dim) for dim in dims)
 
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -98,8 +108,8 @@ def bind(
                     )  # fmt: skip
     state = initial_state if isinstance(initial_state, tuple | list) else (initial_state,)
     if state[0] is not None and isinstance(state[0], Tensor) and state[0].dim() == 4:
-        for part, size in zip(("HV", "K", "V"), state[0].shape[1:], strict=True):
-            found.setdefault(part, (size, "initial_state"))
+        for part, size in zip(("HV", *canonical.states[0].dims), state[0].shape[1:], strict=True):
+            found.setdefault(*(("K", (math.isqrt(size), "initial_state")) if part == "F" else (part, (size, "initial_state"))))
     found.setdefault("HV", found.get("H", (1, "")))
     found.setdefault("H", found["HV"])
     found.setdefault("T", (1, ""))
@@ -107,6 +117,9 @@ def bind(
         if part not in found:
             raise LsmShapeError(f"{canonical.name}: no input says how large {part} is", where=here(),
                                 help="pass an initial_state (B, HV, K, V)")  # fmt: skip
+    if canonical.square and found["K"][0] != found["V"][0]:
+        raise LsmShapeError(f"{canonical.name} takes vectors over K for vectors over V: K = {found['K'][0]} by {found['K'][1]!r}, "
+                            f"V = {found['V'][0]} by {found['V'][1]!r}", where=here(), help="make them the same")  # fmt: skip
     H, HV = found["H"][0], found["HV"][0]
     if H == 0 or HV % H:
         raise LsmShapeError(
@@ -126,19 +139,23 @@ def bind(
                             help="move them to one")  # fmt: skip
     like = next(iter(given.values()))
     tensors = {}
-    for name in known:
+    for name, symbol in known.items():
         if name in given:
-            tensors[name] = given[name]
+            tensors[name] = every_head(given[name], HV) if symbol.per == "layer" else given[name]
         else:
             dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
             tensors[name] = torch.tensor(canonical.defaults[name](HV), dtype=dtype, device=like.device)
     return tensors, sizes
 
 
+def every_head(x: Tensor, heads: int) -> Tensor:
+    """What is the same for all heads as an input of every head: (*dims) → (HV, *dims)."""
+    return x.expand(heads, *x.shape)
+
+
 def parts(symbol: Field, step: bool) -> tuple[str, ...]:
     """The named dimensions of an input, in order; tokens lack T in one `step`."""
-    lead = ("B",) if step else ("B", "T")
-    return (*(lead if symbol.per == "token" else ()), symbol.heads, *symbol.dims)
+    return tuple(part for part in symbol.parts if not (step and part == "T"))
 
 
 def _shape(symbol: Field, step: bool) -> str:
@@ -153,8 +170,8 @@ def _check_state(canonical: Canonical, state: tuple[Any, ...], sizes: Sizes) -> 
             help=f"the state is the tuple ({', '.join(names)})" if len(names) > 1 else "the state is one tensor",
         )  # fmt: skip
     for value, field in zip(state, canonical.states, strict=True):
-        shape = (sizes.N, sizes.HV, *(getattr(sizes, dim) for dim in field.dims))
-        text = f"(N, HV, {', '.join(field.dims)})"
+        shape = sizes.of(("N", "HV", *field.dims))
+        text = f"({', '.join(('N', 'HV', *field.dims))})"
         if not isinstance(value, Tensor) or value.dtype not in DTYPES:
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise LsmDtypeError(

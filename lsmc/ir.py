@@ -1,6 +1,7 @@
 """The typed intermediate representation that every stage below the declaration speaks.
 
-A *tile* is a matrix whose two dimensions carry names: `T` (the tokens of one chunk), `K` (key), `V` (value) or `1`.
+A *tile* is a matrix whose two dimensions carry names: `T` (the tokens of one chunk), `K` (key), `V` (value), `F` (the
+K·K pairs of keys), `E` (the K·V entries of a memory) or `1`.
 A `Program` is one chunk's work: a list of single-assignment operations on tiles, named outputs, and *carries*, the
 tiles handed from one chunk to the next (forward in time, or backward for cotangents).
 
@@ -20,6 +21,9 @@ Operations, with rows i, j and columns d:
 | `map{expr}` | elementwise sympy expression of the operands x0, x1, …, broadcast along dimensions of size 1 |
 | `expand` | broadcast to the result's dimensions |
 | `transpose`, `matmul{ta,tb}` | linear algebra |
+| `rename` | the same numbers under another name of the columns, K for V or V for K |
+| `pairs` | rows over F of two with rows over K: x_a y_b at the pair (a, b); a product of two such is one of two products |
+| `pairs_grad{wrt}` | its partial derivative, from the cotangent and the other operand |
 | `sum{axis}` | sum over rows (axis 0) or columns (axis 1) |
 | `max{axis}` | the largest entry of each row, a shift that no result depends on: its cotangent is zero |
 | `cumsum{reverse,exclusive}` | running sum over the rows |
@@ -29,7 +33,7 @@ Operations, with rows i, j and columns d:
 | `between{strict,before}` | D_ij = exp(sum of g over (j, i]), masked; `before` leaves out g_i: (j, i) |
 | `between_grad{before}` | its transpose: dg_l = sum of W_ij over the pairs whose interval holds l |
 | `inverse` | (I + L)⁻¹ for strictly lower L |
-| `scan{log,writes,at}` | q · M_i at every token, M_i = e^{log} ⊙ M_{i−1} + Σ kᵀv over (K, V); without `at` M after the chunk |
+| `scan{log,phase,writes,at}` | q · Re M_i at every token of M_i = e^{log + i phase} ⊙ M_{i−1} + Σ kᵀv, or a part of the last M |
 | `scan_grad{wrt,…}` | its partial derivatives: the operands of `scan`, then the cotangent |
 | `round` | the value as the operand of a product holds it, where that has fewer digits; only backends make it |
 | `diagonal` | that of a (T, T) tile, as a (T, 1) column; only backends make it |
@@ -60,20 +64,24 @@ class LsmIRError(LsmError):
     """A program that is not well formed, or text that is no program; names the operation or the line."""
 
 
-DIMS = ("T", "K", "V", "1")
+DIMS = ("T", "K", "V", "F", "E", "1")
 KINDS: dict[str, tuple[int, ...]] = {  # kind -> permitted operand counts
     "input": (0,), "map": tuple(range(17)), "expand": (1,), "transpose": (1,), "matmul": (2,), "sum": (1,), "max": (1,),
+    "pairs": (2,), "pairs_grad": (2,), "rename": (1,),
     "cumsum": (1,), "mask": (1,), "valid": (1,), "form": (3,), "form_gate": (4,), "between": (1,), "between_grad": (1,),
     "inverse": (1,), "scan": tuple(range(33)), "scan_grad": tuple(range(34)), "round": (1,), "diagonal": (1,),
 }
 _FLAG = (True, False)
+READ_AT, PARTS = ("previous", "decayed", "updated"), ("real", "imaginary")
+"""Which memory a query of a scan reads; which part of the last one a scan gives that has no query."""
 ATTRS: dict[str, dict[str, tuple[Any, ...]]] = {  # kind -> its attributes and their permitted values (any, if none is listed)
     "input": {"name": (), "role": ("token", "head", "carry")}, "map": {"expr": ()}, "matmul": {"ta": _FLAG, "tb": _FLAG},
-    "sum": {"axis": (0, 1)}, "max": {"axis": (0, 1)}, "cumsum": {"reverse": _FLAG, "exclusive": _FLAG},
-    "mask": {"strict": _FLAG}, "form": {"wrt": ("P", "X", "Y"), "strict": _FLAG, "before": _FLAG},
+    "pairs_grad": {"wrt": (0, 1)}, "sum": {"axis": (0, 1)}, "max": {"axis": (0, 1)},
+    "cumsum": {"reverse": _FLAG, "exclusive": _FLAG}, "mask": {"strict": _FLAG},
+    "form": {"wrt": ("P", "X", "Y"), "strict": _FLAG, "before": _FLAG},
     "form_gate": {"strict": _FLAG, "before": _FLAG}, "between": {"strict": _FLAG, "before": _FLAG},
-    "between_grad": {"before": _FLAG}, "scan": {"log": (), "writes": (), "at": ("", "previous", "decayed", "updated")},
-    "scan_grad": {"wrt": (), "log": (), "writes": (), "at": ("", "previous", "decayed", "updated")},
+    "between_grad": {"before": _FLAG}, "scan": {"log": (), "phase": (), "writes": (), "at": (*READ_AT, *PARTS)},
+    "scan_grad": {"wrt": (), "log": (), "phase": (), "writes": (), "at": (*READ_AT, *PARTS)},
 }
 
 
@@ -149,6 +157,13 @@ class Program:
         """The input operations, of the given roles (all without any)."""
         return (op for op in self.ops if op.kind == "input" and (not roles or op.attr("role") in roles))
 
+    @property
+    def counter(self) -> str | None:
+        """The memory of one number, if there is one: how many tokens of a block have been when a chunk begins. The valid
+        rows of a chunk lie in one block."""
+        reverse = {c.inp for c in self.carries if c.reverse}
+        return next((op.attr("name") for op in self.inputs("carry") if op.dims == ("1", "1") and op.id not in reverse), None)
+
     def ancestors(self, roots: Iterable[int], known: Iterable[int] = ()) -> list[Op]:
         """The operations needed for `roots` when the values `known` are given besides those taken, in program order."""
         have, need, todo = {*known, *(i for _, i in self.taken)}, set[int](), list(roots)
@@ -205,6 +220,10 @@ class Builder:
         return self.emit("map", broadcast(*(self.dims(a) for a in used)), *used, expr=expr)
 
     def add(self, *args: int) -> int:
+        """The sum; of more operands than a map takes, in parts."""
+        most = KINDS["map"][-1]
+        while len(args) > most:
+            args = (self.add(*args[:most]), *args[most:])
         return args[0] if len(args) == 1 else self.map(sympy.Add(*(operand(i) for i in range(len(args)))), *args)
 
     def mul(self, *args: int) -> int:
@@ -222,7 +241,12 @@ class Builder:
 
     def matmul(self, a: int, b: int, ta: bool = False, tb: bool = False) -> int:
         da, db = self.dims(a), self.dims(b)
+        if self.ops[a].kind == self.ops[b].kind == "pairs" and tb and not ta:  # (x ⊗ y) · (u ⊗ w) = (x · u) (y · w)
+            return self.mul(*(self.matmul(x, u, tb=True) for x, u in zip(self.ops[a].args, self.ops[b].args, strict=True)))
         return self.emit("matmul", (da[1] if ta else da[0], db[0] if tb else db[1]), a, b, ta=ta, tb=tb)
+
+    def pairs(self, a: int, b: int) -> int:
+        return self.emit("pairs", (self.dims(a)[0], "F"), a, b)
 
     def sum(self, a: int, axis: int) -> int:
         r, c = self.dims(a)
@@ -241,6 +265,8 @@ class Builder:
         return self.emit("cumsum", self.dims(a), a, reverse=reverse, exclusive=exclusive)
 
     def valid(self, a: int) -> int:
+        if self.ops[a].kind == "pairs":  # so that it stays one
+            return self.pairs(*map(self.valid, self.ops[a].args))
         return self.emit("valid", self.dims(a), a)
 
     def mask(self, a: int, strict: bool) -> int:
@@ -321,6 +347,12 @@ def verify(program: Program) -> Program:
                 inner = a[0][0 if op.attr("ta") else 1], a[1][1 if op.attr("tb") else 0]
                 outer = a[0][1 if op.attr("ta") else 0], a[1][0 if op.attr("tb") else 1]
                 need(inner[0] == inner[1] and op.dims == outer, "matrix dimensions do not match")
+            case "rename":
+                need((a[0][0], {a[0][1], op.dims[1]}) == (op.dims[0], {"K", "V"}), "exchanges the columns K and V")
+            case "pairs":
+                need(a[0] == a[1] and a[0][1] == "K" and op.dims == (a[0][0], "F"), "maps two (·, K) tiles to one over pairs")
+            case "pairs_grad":
+                need(a == [(op.dims[0], "F"), op.dims] and op.dims[1] == "K", "maps a tile over pairs and one over K to one over K")
             case "sum" | "max":
                 want = ("1", a[0][1]) if op.attr("axis") == 0 else (a[0][0], "1")
                 need(op.dims == want, "result must lose the summed dimension")
@@ -337,10 +369,12 @@ def verify(program: Program) -> Program:
             case "between_grad":
                 need(a[0] == ("T", "T") and op.dims == ("T", "1"), "maps (T, T) to (T, 1)")
             case "scan" | "scan_grad":
-                pairs = [("T", "K"), ("T", "V")] * op.attr("writes")
-                wanted = [("T", "K")] * bool(op.attr("at")) + [*pairs, ("K", "V"), ("T", "1")]
-                result = ("T", "V") if op.attr("at") else ("K", "V")
-                need(a[: len(wanted)] == wanted, "operands are a query (with `at`), keys and values, the memory, which rows are")
+                reads, pairs = op.attr("at") in READ_AT, [("T", "K"), ("T", "V")] * op.attr("writes")
+                memory = [("K", "V")] * (1 if op.attr("phase") == 0 else 2)
+                wanted = [("T", "K")] * reads + [*pairs, *memory, ("T", "1")]
+                result = ("T", "V") if reads else ("K", "V")
+                need(a[: len(wanted)] == wanted, "operands are a query (if it reads), keys and values, the memory, "
+                     "its imaginary part (if it turns), which rows are")
                 need(op.kind == "scan" or a[-1] == result, "the last operand is the cotangent")
                 need(op.dims == (result if op.kind == "scan" else a[op.attr("wrt")]), "result has the wrong dimensions")
             case "form" | "form_gate":
@@ -381,12 +415,25 @@ def prune(program: Program) -> Program:
     return program.rebuilt((Op(new[o.id], o.dims, o.kind, tuple(new[a] for a in o.args), o.attrs) for o in live), new)
 
 
-def scanned(op: Op) -> tuple[int | None, tuple[int, ...], int, int, tuple[int, ...]]:
-    """The operands of a `scan`: the query, keys and values in turn, the memory, which rows there are, what `log` is of."""
-    first = int(bool(op.attr("at")))
-    last = first + 2 * op.attr("writes")
-    fields = op.args[last + 2 : len(op.args) - (op.kind != "scan")]
-    return op.args[0] if first else None, op.args[first:last], op.args[last], op.args[last + 1], fields
+@dataclass(frozen=True)
+class Scanned:
+    """The operands of a `scan`: the query, keys and values in turn, the memory and its imaginary part, which rows there are,
+    what `log` and `phase` are of."""
+
+    query: int | None
+    pairs: tuple[int, ...]
+    memory: int
+    imaginary: int | None
+    rows: int
+    fields: tuple[int, ...]
+
+    @classmethod
+    def of(cls, op: Op) -> Scanned:
+        first, two = int(op.attr("at") in READ_AT), int(op.attr("phase") != 0)
+        last = first + 2 * op.attr("writes")
+        fields = op.args[last + 2 + two : len(op.args) - (op.kind != "scan")]
+        return cls(op.args[0] if first else None, op.args[first:last], op.args[last], op.args[last + 1] if two else None,
+                   op.args[last + 1 + two], fields)
 
 
 _OP = re.compile(r"%(\d+): \((\w),(\w)\) = (\w+)\(((?:%\d+(?:, ?%\d+)*)?)\)(?:\{(.*)\})?$")
@@ -424,7 +471,7 @@ def _parse_attrs(text: str, line: str) -> tuple[tuple[str, Any], ...]:
         if not m:
             raise LsmIRError(f"cannot read the attribute {part!r} in\n    {line}")
         value: Any = {"True": True, "False": False}.get(m[2], int(m[2]) if m[2].isdigit() else m[2])
-        out.append((m[1], parse_expr(m[2], line) if m[1] == "log" else value))
+        out.append((m[1], parse_expr(m[2], line) if m[1] in ("log", "phase") else value))
     return tuple(out)
 
 

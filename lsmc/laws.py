@@ -337,7 +337,7 @@ def check(
     examples  random cases for each law (sizes, gates, splits, chunk lengths, seeds), besides `CORNERS`
     seed      another seed draws other cases; the same one draws the same
     laws      names from `LAWS`; default: all
-    progress  show a bar; default: where standard error is a terminal
+    progress  show a bar, or a line for each law where standard error is no terminal; default: only where it is one
 
     Raises `LsmCheckError` with the smallest failing case, and whatever the declaration itself raises (such as
     `LsmNotAffineError` where there is no chunk form to test).
@@ -373,22 +373,24 @@ def _search(
     tally: _Tally,
     examples: int,
     seed: int,
-    advance: Callable[[], None],
+    advance: Callable[[bool], None],
 ) -> None:
     """Runs one law on many cases; hypothesis shrinks the first failure and raises the smallest."""
     last: list[Case] = []
+    failed: list[Case] = []
 
     def body(case: Case) -> None:
         last[:] = [case]
-        advance()
+        advance(bool(failed))
         try:
             law(declaration, case, tally)
             tally.cases += 1
         except _Skip:
             tally.skipped += 1
-        except LsmCheckError:
-            raise
         except Exception as error:
+            failed.append(case)
+            if isinstance(error, LsmCheckError):
+                raise
             raise LsmCheckError(f"{type(error).__name__}: {error}") from error
 
     settings = hypothesis.settings(
@@ -436,20 +438,23 @@ def _shrunk(body: Callable[[Case], None], case: Case) -> None:
 
 
 @contextmanager
-def _bar(laws: Sequence[str], examples: int, shown: bool | None) -> Iterator[Callable[[str], None]]:
-    """Yields a function to be called with a law's name once for each case."""
+def _bar(laws: Sequence[str], examples: int, shown: bool | None) -> Iterator[Callable[[str, bool], None]]:
+    """Yields a function to be called with a law's name for each case, and whether a failure is being shrunk."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    visible = console.is_terminal if shown is None else shown
-    with Progress(*columns, console=console, transient=True, disable=not visible) as bar:
-        tasks: dict[str, Any] = {}
+    live = console.is_terminal and shown is not False
+    with Progress(*columns, console=console, transient=True, disable=not live) as bar:
+        tasks: dict[tuple[str, bool], Any] = {}
 
-        def advance(law: str) -> None:
-            if law not in tasks:
-                tasks[law] = bar.add_task(law.replace("_", " "), total=examples + len(CORNERS))
-            bar.advance(tasks[law])
+        def advance(law: str, shrinking: bool) -> None:
+            name = f"{law.replace('_', ' ')}{': a smaller failing case' * shrinking}"
+            if (law, shrinking) not in tasks:
+                tasks[law, shrinking] = bar.add_task(name, total=None if shrinking else examples + len(CORNERS))
+                if shown and not live:
+                    console.print(f"{name} …", highlight=False)
+            bar.advance(tasks[law, shrinking])
 
         yield advance

@@ -57,6 +57,10 @@ class LSM:
     reads ``k @ M``
     momentum     Constant or Scalar: the update goes through an accumulator, P_s = e^μ P_{s-1} + update, M_s = D_s(M_{s-1})
                  + P_s; the state is the pair (M, P)
+    block        a number of tokens: reads in the update are of the memory at the start of the present block of so many tokens,
+                 counted from the first that the state has seen, and may enter the update in any way. The state grows by
+                 that memory and by the number of tokens since, unless block=1: then it is the memory before each token, and
+                 tokens go one after the other
     recurrence   instead of `update`, the whole right-hand side: ``(eye - beta * outer(k, k)) @ M.decayed +
     beta * outer(k, v)``
     readout      a term over V; default ``q @ M``.  ``q @ M.previous`` reads before the update,
@@ -71,6 +75,7 @@ class LSM:
     name: str
     decay: Decay
     momentum: Decay | None
+    block: int | None
     update: sympy.Expr
     readout: sympy.Expr
     where: Where | None
@@ -83,6 +88,7 @@ class LSM:
         *,
         decay: Decay = _IDENTITY,
         momentum: Decay | None = None,
+        block: int | None = None,
         update: Term | None = None,
         recurrence: Term | None = None,
         readout: Term | None = None,
@@ -103,12 +109,15 @@ class LSM:
             )  # fmt: skip
         if momentum is not None:
             _check_momentum(momentum, recurrence is not None, where)
+        if block is not None and (not isinstance(block, int) or isinstance(block, bool) or block < 1):
+            raise LsmDeclarationError(f"block={_short(block)} is no number of tokens", where=where.at("block") if where else None,
+                                      help="block=16, or block=1 for one token after the other")  # fmt: skip
         whole = recurrence is not None
         body = _term(recurrence if whole else update, "recurrence" if whole else "update", where)
         out = _term(q @ M if readout is None else readout, "readout", where)
-        content = (name, decay, momentum, body.expr, whole, out.expr)
-        for key, value in (("name", name), ("decay", decay), ("momentum", momentum), ("update", body.expr), ("readout", out.expr),
-                           ("is_recurrence", whole), ("where", where), ("_content", content)):  # fmt: skip
+        content = (name, decay, momentum, block, body.expr, whole, out.expr)
+        for key, value in (("name", name), ("decay", decay), ("momentum", momentum), ("block", block), ("update", body.expr),
+                           ("readout", out.expr), ("is_recurrence", whole), ("where", where), ("_content", content)):  # fmt: skip
             object.__setattr__(self, key, value)
         _check_names(self._terms(), where)
         _ = self.canonical  # mistakes show at the declaration
@@ -134,7 +143,7 @@ class LSM:
         made: Canonical = importlib.import_module("lsmc.canonical").canonicalise(
             self.name, self.decay.parts, self.update, self.readout,
             {**self.decay.defaults, **(self.momentum.defaults if self.momentum else {})}, recurrence=self.is_recurrence,
-            momentum=self.momentum.log_k if self.momentum else None, where=self.where,
+            momentum=self.momentum.log_k if self.momentum else None, block=self.block, where=self.where,
         )  # fmt: skip
         return made
 
@@ -160,12 +169,13 @@ class LSM:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self.name, self.decay, self.momentum, self.update, self.is_recurrence, self.readout)
+        return _rebuild, (self.name, self.decay, self.momentum, self.block, self.update, self.is_recurrence, self.readout)
 
     def __repr__(self) -> str:
         word = "recurrence" if self.is_recurrence else "update"
         tail = "" if self.readout == (q @ M).expr else f", readout={show(self.readout)}"
         through = "" if self.momentum is None else f"momentum={self.momentum!r}, "
+        through += "" if self.block is None else f"block={self.block}, "
         return f'LSM("{self.name}", decay={self.decay!r}, {through}{word}={show(self.update)}{tail})'
 
     def __call__(self, **inputs: Any) -> Any:
@@ -178,10 +188,10 @@ class LSM:
 
 
 def _rebuild(
-    name: str, decay: Decay, momentum: Decay | None, update: sympy.Expr, whole: bool, readout: sympy.Expr
+    name: str, decay: Decay, momentum: Decay | None, block: int | None, update: sympy.Expr, whole: bool, readout: sympy.Expr
 ) -> LSM:
     body = {"recurrence" if whole else "update": Term(update)}
-    return LSM(name, decay=decay, momentum=momentum, readout=Term(readout), **body)
+    return LSM(name, decay=decay, momentum=momentum, block=block, readout=Term(readout), **body)
 
 
 def _check_momentum(momentum: object, recurrence: bool, where: Where | None) -> None:

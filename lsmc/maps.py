@@ -11,8 +11,8 @@ from __future__ import annotations
 import sympy
 
 from lsmc import functions as f
-from lsmc.errors import here
-from lsmc.expr import DIM_SYMBOL, Max, Sum, contract, number
+from lsmc.errors import LsmDelayError, LsmDimsError, here
+from lsmc.expr import DIM_SYMBOL, K, Max, Pairs, Sum, contract, number, rows_of, show_dims
 from lsmc.terms import Term, as_term, vector_of
 
 
@@ -97,6 +97,20 @@ def sign(x: object) -> Term:
     return _elementwise(f.sign, x)
 
 
+def maximum(x: object, y: object) -> Term:
+    """max(x, y), elementwise; where they are equal, its derivative is that of y."""
+    where = here()
+    a, b = as_term(x, where, 0), as_term(y, where, 1)
+    return b + _elementwise(f.relu, a - b)
+
+
+def minimum(x: object, y: object) -> Term:
+    """min(x, y), elementwise; where they are equal, its derivative is that of y."""
+    where = here()
+    a, b = as_term(x, where, 0), as_term(y, where, 1)
+    return b - _elementwise(f.relu, b - a)
+
+
 def sqrt(x: object) -> Term:
     """√x, x ≥ 0."""
     return _elementwise(sympy.sqrt, x)
@@ -122,9 +136,29 @@ def gelu(x: object) -> Term:
     return _elementwise(lambda e: e * (1 + f.erf(e * number(0.7071067811865476))) / 2, x)
 
 
-def softmax(x: object) -> Term:
-    """e^{xᵢ} / Σⱼ e^{xⱼ} over the dim of a vector."""
+def pairs(x: object) -> Term:
+    """vec(xᵀx): the products x_a x_b of a vector over K, so that pairs(q) @ pairs(k) = (q · k)².
+
+    As keys and queries they make a memory of K·K rows; nothing of that length is written out for a token.
+    """
     where = here()
+    term = as_term(x, where, 0)
+    if term.dims != K or rows_of(term.expr) == {"F"}:
+        raise LsmDimsError(f"{term!r} has dims {show_dims(term.dims)}; pairs takes a vector over (K,)",
+                           where=where.at(0) if where else None, help="pairs(k), pairs(gamma * q)")  # fmt: skip
+    return Term(Pairs(term.expr), where)
+
+
+def softmax(x: object) -> Term:
+    """e^{xᵢ} / Σⱼ e^{xⱼ} over the dim of a vector.  Raises LsmDelayError for a scalar: there is no softmax over tokens."""
+    where = here()
+    given = as_term(x, where, 0)
+    if not given.dims:
+        raise LsmDelayError(
+            f"{given!r} is one number for each token: a softmax over tokens looks at all earlier ones, and a step sees them only "
+            "through the memory, K × V numbers however many they are", where=where.at(0) if where else None,
+            help="(q @ M) / (q @ M.normalizer) weights tokens by products of feature maps, such as exp(q) and exp(k)",
+        )  # fmt: skip
     term, dim = vector_of(x, where, "softmax")
     shifted = f.exp(term.expr - Max(DIM_SYMBOL[dim], term.expr))
     return Term(shifted / Sum(DIM_SYMBOL[dim], shifted), where)
@@ -135,6 +169,15 @@ def mean(x: object) -> Term:
     where = here()
     term, dim = vector_of(x, where, "mean")
     return Term(contract(dim, term.expr) / Sum(DIM_SYMBOL[dim], sympy.S.One), where)
+
+
+def layernorm(x: object, eps: float = 1e-6) -> Term:
+    """(x − mean x) / √(mean (x − mean x)² + eps) over the dim of a vector."""
+    where = here()
+    term, dim = vector_of(x, where, "layernorm")
+    n = Sum(DIM_SYMBOL[dim], sympy.S.One)
+    centred = term.expr - Sum(DIM_SYMBOL[dim], term.expr) / n
+    return Term(centred / sympy.sqrt(Sum(DIM_SYMBOL[dim], centred**2) / n + number(eps)), where)
 
 
 def l2norm(x: object, eps: float = 1e-6) -> Term:

@@ -8,6 +8,7 @@ as they are made.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -64,9 +65,12 @@ def compile_plan(canonical: Canonical, options: Options, shape: Shape = TYPICAL)
         raise LsmOptionError(f"chunk={options.chunk}: chunk lengths are powers of two", help="use 16, 32, 64 or 128")
     if options.schedule is not None and options.schedule not in CUTS:
         raise LsmOptionError(f"schedule={options.schedule!r} is not known", help=f"one of {', '.join(CUTS)}")
-    chunk = derive(canonical, options.scale)
-    forward = _log("chunk", hoist(chunk))
-    backward = _log("backward", hoist(differentiate(chunk)))
+    if canonical.block is not None:  # blocks are whole chunks, or parts of one
+        options = replace(options, chunk=min(options.chunk, canonical.block & -canonical.block))
+        shape = replace(shape, chunk=options.chunk)
+    chunk, forward, backward = _programs(canonical, options.scale)
+    _log("chunk", forward)
+    _log("backward", backward)
     target = able(options.target, chunk)
     cuts = tuple(CUTS[n] for n in CUTS if options.schedule in (None, n))
 
@@ -88,6 +92,13 @@ def compile_plan(canonical: Canonical, options: Options, shape: Shape = TYPICAL)
     return Plan(canonical, options.scale, options.chunk, shape, alone, training, last, derive_other)
 
 
+@functools.lru_cache(maxsize=64)
+def _programs(canonical: Canonical, scale: float) -> tuple[Program, Program, Program]:
+    """The chunk program, and as it is scheduled with its backward program: the same for all sizes and chunk lengths."""
+    chunk = derive(canonical, scale)
+    return chunk, hoist(chunk), hoist(differentiate(chunk))
+
+
 def stages(canonical: Canonical, options: Options, shape: Shape = TYPICAL) -> dict[str, str]:
     """Every stage of a method as text, in order."""
     return texts(compile_plan(canonical, options, shape))
@@ -98,7 +109,7 @@ def texts(plan: Plan) -> dict[str, str]:
     text: dict[str, Callable[[], object]] = {
         "canonical": lambda: plan.canonical,
         "chunk": lambda: plan.forward.program,
-        "backward": lambda: hoist(differentiate(derive(plan.canonical, plan.scale))),
+        "backward": lambda: _programs(plan.canonical, plan.scale)[2],
         "schedule": lambda: _measured(plan.training),
         "backward_schedule": lambda: _measured(plan.backward),
         "source": lambda: plan.training.executable.source,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lsmc.canonical import Canonical
-from lsmc.expr import Field, Max, Sum
+from lsmc.expr import Field, Max, Over, Pairs, Sum
 from lsmc.inputs import Sizes, bind
 from lsmc.lsm import LSM
 
@@ -77,7 +77,7 @@ class reference:
         given = initial_state if isinstance(initial_state, tuple | list) else (initial_state,) * len(c.states)
         states: list[Tensor] = []
         for field, value in zip(c.states, given, strict=True):
-            shape = (sizes.N, sizes.HV, sizes.K, sizes.V if "V" in field.dims else 1)
+            shape = sizes.of(("N", "HV", *field.tile))
             states.append(like.new_zeros(shape, dtype=self.dtype) if value is None else value.to(self.dtype).reshape(shape))
         if cu_seqlens is None:
             o, states = self._run(values, states, sizes)
@@ -91,17 +91,18 @@ class reference:
             states = [torch.cat(one) for one in zip(*(part[1] for part in parts), strict=True)] if parts else states
         if not return_final_state:
             return o
-        final = tuple(x if "V" in field.dims else x[..., 0] for field, x in zip(c.states, states, strict=True))
+        final = tuple(x.reshape(sizes.of(("N", "HV", *field.dims))) for field, x in zip(c.states, states, strict=True))
         return o, final if len(final) > 1 else final[0]
 
     def _run(self, values: dict[Field, Tensor], states: list[Tensor], sizes: Sizes) -> tuple[Tensor, list[Tensor]]:
-        """All tokens of `values` (layout (B, T, HV, K or 1, V or 1)) from the memories (B, HV, K, V or 1)."""
+        """All tokens of `values` (layout (B, T, HV, K or 1, V or 1)) from the memories (B, HV, K or 1, V or 1)."""
         c = self.canonical
         memory = {field.name: x for field, x in zip(c.states, states, strict=True)}
-        M, P, Z = memory["M"], memory.get("P"), memory.get("Z")
+        device = memory["M"].device
         if c.phase is not None:
-            M = torch.complex(M, memory["I"])
-        all_tokens = _Evaluator(values, sizes, self.dtype, M.device)
+            memory["M"] = torch.complex(memory["M"], memory.pop("I"))
+        Z = {"M": memory.pop("Z")} if c.normalizer else {}
+        all_tokens = _Evaluator(values, sizes, self.dtype, device)
 
         def over_tokens(expr: sympy.Expr) -> list[Tensor]:
             value = all_tokens(expr)
@@ -129,53 +130,64 @@ class reference:
 
         found: list[list[Tensor]] = [[] for _ in c.queries]
         for t in range(sizes.T):
-            M, P, at_M = self._step(t, M, P, decays, momentum, keys_r, keys_w, tokens, sizes)
-            at = {"M": at_M}
-            if Z is not None:
-                Z, _, at["Z"] = self._step(t, Z, None, decay_z, [], keys_r, keys_w, ones, sizes)
+            memory, at = self._step(t, memory, decays, momentum, keys_r, keys_w, tokens, sizes)
+            if Z:
+                Z, of_ones = self._step(t, Z, decay_z, [], keys_r, keys_w, ones, sizes)
+                at["Z"] = of_ones["M"]
             for query, keys, into in zip(c.queries, keys_y, found, strict=True):
                 into.append((keys[t] * at[query.of][query.at]).sum(-2, keepdim=True))
-        after = {"M": M.real, "I": M.imag} if c.phase is not None else {"M": M}
-        after |= {name: x for name, x in (("P", P), ("Z", Z)) if x is not None}
+        after = {**memory, **({"Z": Z["M"]} if Z else {})}
+        if c.phase is not None:
+            after |= {"M": memory["M"].real, "I": memory["M"].imag}
         states = [after[field.name] for field in c.states]
         if sizes.T == 0:
             return states[0].new_zeros(sizes.B, 0, sizes.HV, sizes.V), states
         queries = {query.symbol: torch.stack(into, 1) for query, into in zip(c.queries, found, strict=True)}
-        o = _Evaluator({**values, **queries}, sizes, self.dtype, M.device)(c.output)
+        o = _Evaluator({**values, **queries}, sizes, self.dtype, device)(c.output)
         return o.expand(sizes.B, sizes.T, sizes.HV, 1, sizes.V).squeeze(-2), states
 
     def _step(
         self,
         t: int,
-        M: Tensor,
-        P: Tensor | None,
+        memory: dict[str, Tensor],
         decays: list[list[Tensor]],
         momentum: list[list[Tensor]],
         keys_r: list[list[Tensor]],
         keys_w: list[list[Tensor]],
         tokens: dict[Field, tuple[Tensor, ...]],
         sizes: Sizes,
-    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        """One step of one memory: M_s and its accumulator P_s, and the memory before the decay, after it and after the
-        write (of a complex memory, the real part)."""
-        c = self.canonical
-        at = {"previous": _real(M)}
-        for factor in decays:
-            M = M * factor[t]
-        at["decayed"] = _real(M)
+    ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+        """One step of the memories, and what M and its bias are before the decay, after it and after the write (of a complex
+        memory, the real part)."""
+        c, memory = self.canonical, dict(memory)
+        rows: list[str] = [name for name in ("M", "Mb") if name in memory]
+        at = {name: {"previous": _real(memory[name])} for name in rows}
+        start = {name: memory.get(f"{name}0", at[name]["previous"]) for name in rows}
+        for name in rows:
+            for factor in decays:
+                memory[name] = memory[name] * factor[t]
+            at[name]["decayed"] = _real(memory[name])
         read = {
-            r.symbol: (key[t] * at[r.at]).sum(-2, keepdim=True)
+            r.symbol: (key[t] * (at[r.of][r.at] if c.block is None else start[r.of])).sum(-2, keepdim=True)
             for r, key in zip(c.reads, keys_r, strict=True)
         }
-        one_token = _Evaluator({**{s: x[t] for s, x in tokens.items()}, **read}, sizes, self.dtype, M.device)
-        written = [key[t] * one_token(write.value) for write, key in zip(c.writes, keys_w, strict=True)]
-        if P is not None:
-            P = sum(written, P * momentum[0][t])
-            M = M + P
-        else:
-            M = sum(written, M)
-        at["updated"] = _real(M)
-        return M, P, at
+        device = memory["M"].device
+        one_token = _Evaluator({**{s: x[t] for s, x in tokens.items()}, **read}, sizes, self.dtype, device)
+        values = [one_token(write.value) for write in c.writes]
+        written = [key[t] * value for key, value in zip(keys_w, values, strict=True)]
+        if "P" in memory:
+            memory["P"] = sum(written, memory["P"] * momentum[0][t])
+            written = [memory["P"]]
+        memory["M"] = sum(written, memory["M"])
+        if "Mb" in memory:
+            memory["Mb"] = sum(values, memory["Mb"])
+        for name in rows:
+            at[name]["updated"] = _real(memory[name])
+        if c.block is not None and "Mt" in memory:
+            over = memory["Mt"] > c.block - 1.5
+            memory |= {f"{name}0": torch.where(over, at[name]["updated"], start[name]) for name in rows}
+            memory["Mt"] = memory["Mt"] + torch.where(over, 1.0 - c.block, 1.0)
+        return memory, at
 
 
 def _real(x: Tensor) -> Tensor:
@@ -226,6 +238,11 @@ class _Evaluator:
                 return body.detach().amax(axis, keepdim=True)
             size = self.sizes.K if expr.dim == "K" else self.sizes.V
             return body * size if body.dim() == 0 or body.shape[axis] == 1 else body.sum(axis, keepdim=True)
+        if isinstance(expr, Over):
+            return self(expr.args[1]).mT
+        if isinstance(expr, Pairs):
+            x = self(expr.args[0])
+            return (x * x.mT).flatten(-2)[..., None]
         if isinstance(expr, sympy.Add | sympy.Mul):
             parts = [self(arg) for arg in expr.args]
             value = parts[0]

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lsmc.canonical import Canonical
+from lsmc.canonical import Canonical, bent
 from lsmc.chunk import derive
 from lsmc.errors import LsmNoChunkFormError, LsmNotAffineError
-from lsmc.expr import dims_of, inputs_of
+from lsmc.expr import Field, dims_of, inputs_of
 from lsmc.ir import Program
 
 
@@ -25,7 +25,7 @@ def summary(canonical: Canonical, backends: Callable[[Program], list[str]]) -> d
     form = bool(names)
     yes = {True: "yes", False: "no"}
     return {"method": canonical.name, "decay": decay(canonical), "update": update(canonical),
-            "state": " + ".join("·".join(f.dims) for f in canonical.states), "chunk form": chunk(canonical) if form else "none",
+            "state": " + ".join(map(_size, canonical.states)), "chunk form": chunk(canonical) if form else "none",
             "backends": " ".join(names) or "reference", "decode": yes[form], "packed": yes[form],
             "message between ranks": message(canonical) if form else "none"}
 
@@ -36,41 +36,46 @@ def decay(canonical: Canonical) -> str:
     found = []
     for part in (canonical.decay_k, canonical.decay_v, canonical.decay_kv):
         if part is not None:
-            steady = all(f.per == "head" for f in inputs_of(part))
+            steady = all(f.per != "token" for f in inputs_of(part))
             found.append("constant " * steady + kinds[dims_of(part)])
     return " × ".join([*found, *["rotation"] * (canonical.phase is not None)]) or "none"
 
 
 def update(canonical: Canonical) -> str:
-    """How what is written depends on the memory: not at all, affinely or otherwise; through momentum or not."""
-    reads = {r.symbol for r in canonical.reads}
-    values = [w.value for w in canonical.writes]
-    bent = any(value.diff(s).free_symbols & reads for value in values for s in reads)
-    what = "nonlinear" if bent else "delta" if reads else "outer product"
-    return what + ", momentum" * (canonical.momentum is not None)
+    """How what is written depends on the memory: not at all, affinely or otherwise; at which; through momentum or not."""
+    reads = [r.symbol for r in canonical.reads]
+    what = "nonlinear" if any(bent(w.value, reads) for w in canonical.writes) else "delta" if reads else "outer product"
+    blocks = "" if canonical.block is None else ", token by token" if canonical.block == 1 else f", blocks of {canonical.block}"
+    return what + blocks + ", momentum" * (canonical.momentum is not None)
 
 
 def chunk(canonical: Canonical) -> str:
     """How the tokens of a chunk are taken together: by products of their pairs, by a triangular system that makes what they write
-    follow from one another, or one by one where the decay does not factor into tokens."""
-    return "scan" if canonical.decay_kv is not None else "solve" if canonical.reads else "products"
+    follow from one another, or one by one where the decay does not factor into tokens. What is read of a block's start is known."""
+    return "scan" if canonical.matrix else "solve" if canonical.reads and canonical.block is None else "products"
 
 
 def message(canonical: Canonical) -> str:
-    """The numbers of a rank's affine map: those of its linear part, then of its memories."""
+    """The numbers of a rank's affine map: those of its linear part, then of its memories; none where it is not affine."""
+    if canonical.block is not None:
+        return "none"
     states = [f for f in canonical.states if f.name != "Z"]
     many = len(states)
     dims = {d for part in (canonical.decay_k, canonical.decay_v, canonical.decay_kv, canonical.phase) if part is not None
             for d in dims_of(part)}
     if canonical.reads:
         linear = "K·K" if many == 1 else f"{many}K·{many}K"
-    elif canonical.decay_kv is not None or dims == {"K", "V"}:
-        linear = "K·V" if canonical.decay_kv is not None else "K + V"
+    elif canonical.matrix or dims == {"K", "V"}:
+        linear = f"{many}K·V".removeprefix("1") if canonical.matrix else "K + V"
     elif dims:
         linear = f"{many}{dims.pop()}".removeprefix("1")
     else:
         linear = "1" if canonical.decays else ""
-    return " + ".join(filter(None, [linear, *("·".join(f.dims) for f in canonical.states)]))
+    return " + ".join(filter(None, [linear, *map(_size, canonical.states)]))
+
+
+def _size(state: Field) -> str:
+    return "·".join(state.dims).replace("F", "K·K") or "1"
 
 
 __all__ = ["chunk", "decay", "message", "summary", "update"]

@@ -10,7 +10,7 @@ import builtins
 import keyword
 import math
 import re
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import sympy
 
@@ -26,6 +26,7 @@ from lsmc.errors import (
     here,
 )
 from lsmc.expr import (
+    BIAS,
     DIM_SYMBOL,
     DIMS,
     KV,
@@ -36,11 +37,13 @@ from lsmc.expr import (
     Field,
     K,
     Max,
+    Over,
     Sum,
     V,
     contract,
     dims_of,
     number,
+    rows_of,
     show,
     show_dims,
 )
@@ -50,6 +53,7 @@ _NAME = re.compile(r"[a-zA-Z][a-zA-Z0-9_]{0,63}")
 # names that generated code, the operator's signature or the printed program use for themselves
 _RESERVED = frozenset(
     "M Z B T H HV K V C N S o out output scale state initial_state final_state return_final_state cu_seqlens chunk schedule "
+    "Mb M0 Mb0 Mt "
     "dtype device self step reference torch tl triton math sympy lsmc libdevice constexpr inf nan grid num_warps num_stages "
     "num_ctas num_consumer_groups maxnreg warmup stride autotune eye outer grad diag".split()
 )
@@ -181,6 +185,7 @@ class Term:
                 where=where.at("right") if where else None,
                 help="outer(k, v) makes a (K, V) matrix of a vector over K and one over V; x @ y contracts",
             )
+        _same_rows(a, b, where)
         return Term(apply(a.expr, b.expr), where)
 
     def __add__(self, other: object) -> Term:
@@ -240,6 +245,7 @@ class Term:
 
 def _matmul(a: Term, b: Term, where: Where | None) -> Term:
     pair = (a.dims, b.dims)
+    _same_rows(a, b, where)
     if pair in ((K, K), (K, KV)):
         return Term(contract("K", a.expr * b.expr), where)
     if pair == (V, V):
@@ -274,6 +280,12 @@ def _matmul(a: Term, b: Term, where: Where | None) -> Term:
             "write * to scale",
         )
     raise LsmDimsError(rule, where=where.at(side) if where else None, help=way)
+
+
+def _same_rows(a: Term, b: Term, where: Where | None) -> None:
+    if len(rows_of(a.expr) | rows_of(b.expr)) > 1:
+        raise LsmDimsError(f"{a!r} and {b!r}: one of them runs over K, the other over the K·K pairs of pairs(…)", where=where,
+                           help="take pairs of both")  # fmt: skip
 
 
 def as_term(value: object, where: Where | None, operand: str | int | None = None) -> Term:
@@ -317,7 +329,7 @@ def _short(value: object) -> str:
 
 
 class Memory(Term):
-    """The memory M ∈ R^{K×V}, or its normaliser Z ∈ R^K.
+    """The memory M ∈ R^{K×V}, its normaliser Z ∈ R^K, or its bias Mb ∈ R^V.
 
     `M`             in an update the memory M_{s-1} before this step's decay; in a readout the updated
     memory M_s
@@ -325,6 +337,7 @@ class Memory(Term):
     `M.decayed`     D_s(M_{s-1}), after this step's decay and before the write
     `M.normalizer`  Z: the memory that the same recurrence makes of v = 1 (readouts only); q @ M.normalizer
     is a scalar
+    `M.bias`        Mb: the memory that the same recurrence makes of keys 1, a row beside those of M; q @ M + M.bias is over V
     """
 
     __slots__ = ()
@@ -333,7 +346,7 @@ class Memory(Term):
         return Memory, (self.expr,)
 
     def _at(self, at: str) -> Memory:
-        table = NORMALIZER if self.expr in NORMALIZER.values() else MEMORY
+        table = next(table for table in (MEMORY, NORMALIZER, BIAS) if self.expr in table.values())
         return Memory(table[at], here())
 
     @property
@@ -349,11 +362,19 @@ class Memory(Term):
     @property
     def normalizer(self) -> Memory:
         """Z ∈ R^K: the same recurrence with v = 1."""
+        return self._beside(NORMALIZER)
+
+    @property
+    def bias(self) -> Memory:
+        """Mb ∈ R^V: the same recurrence with keys 1."""
+        return self._beside(BIAS)
+
+    def _beside(self, table: dict[str, Field]) -> Memory:
         at = next((at for at, field in MEMORY.items() if field == self.expr), "current")
-        return Memory(NORMALIZER[at], here())
+        return Memory(table[at], here())
 
     def _members(self) -> str:
-        return "the memory has M.previous, M.decayed and M.normalizer"
+        return "the memory has M.previous, M.decayed, M.normalizer and M.bias"
 
 
 class Operator:
@@ -459,16 +480,19 @@ class Operator:
 # --- declared inputs
 
 
-def scalar(name: str, *, per: Literal["token", "head"] = "token") -> Term:
-    """A declared scalar input: shape (B, T, HV), or (HV,) with per="head".  Raises LsmNameError for an
-    unsafe name."""
+Per = Literal["token", "head", "layer"]
+
+
+def scalar(name: str, *, per: Per = "token") -> Term:
+    """A declared scalar input: shape (B, T, HV), (HV,) with per="head", or () with per="layer".  Raises
+    LsmNameError for an unsafe name."""
     where = here()
     return Term(Field(_declared(name, where), (), _per(per, where)), where)
 
 
-def vector(name: str, *, over: Dim = "K", per: Literal["token", "head"] = "token") -> Term:
-    """A declared vector input over K or V: shape (B, T, HV, K), or (HV, K) with per="head".  Raises
-    LsmNameError."""
+def vector(name: str, *, over: Dim = "K", per: Per = "token") -> Term:
+    """A declared vector input over K or V: shape (B, T, HV, K), (HV, K) with per="head", or (K,) with
+    per="layer".  Raises LsmNameError."""
     where = here()
     if over not in DIMS:
         raise LsmDimsError(
@@ -478,9 +502,9 @@ def vector(name: str, *, over: Dim = "K", per: Literal["token", "head"] = "token
     return Term(Field(_declared(name, where), (over,), _per(per, where)), where)
 
 
-def matrix(name: str, *, per: Literal["token", "head"] = "token") -> Term:
-    """A declared matrix input over (K, V): shape (B, T, HV, K, V), or (HV, K, V) with per="head".  Raises
-    LsmNameError."""
+def matrix(name: str, *, per: Per = "token") -> Term:
+    """A declared matrix input over (K, V): shape (B, T, HV, K, V), (HV, K, V) with per="head", or (K, V) with
+    per="layer".  Raises LsmNameError."""
     where = here()
     return Term(Field(_declared(name, where), DIMS, _per(per, where)), where)
 
@@ -492,13 +516,11 @@ def _declared(name: str, where: Where | None) -> str:
     return check_name(name, spot)
 
 
-def _per(per: str, where: Where | None) -> Literal["token", "head"]:
-    if per == "token":
-        return "token"
-    if per == "head":
-        return "head"
+def _per(per: Per, where: Where | None) -> Per:
+    if per in get_args(Per):
+        return per
     raise LsmDeclarationError(
-        f"per={per!r}: inputs are per 'token' or per 'head'", where=where.at("per") if where else None
+        f"per={per!r}: inputs are per 'token', per 'head' or per 'layer'", where=where.at("per") if where else None
     )
 
 
@@ -529,6 +551,22 @@ def outer(a: object, b: object) -> Any:
         f"{term!r} has dims {show_dims(term.dims)}; the {'first' if bad == 0 else 'second'} argument of outer has dims {want}",
         where=where.at(bad) if where else None, help="outer(key over K, value over V), as in outer(k, v)",
     )  # fmt: skip
+
+
+def over(x: object, dim: Dim) -> Term:
+    """The numbers of a vector over K as a vector over V (dim="V"), or the other way round, in methods whose K = V.
+
+    Takes inputs and functions of them: ``over(k, "V") - v``. Calls whose sizes differ raise LsmShapeError.
+    """
+    where = here()
+    term = as_term(x, where, 0)
+    if term.dims | {dim} != KV or len(term.dims) != 1 or rows_of(term.expr) == {"F"}:
+        raise LsmDimsError(f"{term!r} has dims {show_dims(term.dims)}; over(…, {dim!r}) takes a vector over the other dim",
+                           where=where.at(0) if where else None, help='over(k, "V"), over(v, "K")')  # fmt: skip
+    if term.expr.free_symbols & MEMORIES:
+        raise LsmUpdateError(f"over(…) of {term!r}, which is read from the memory", where=where.at(0) if where else None,
+                             help="take over(…) of inputs")  # fmt: skip
+    return Term(Over(DIM_SYMBOL[dim], term.expr), where)
 
 
 def diag(x: object) -> Operator:
@@ -564,6 +602,9 @@ def vector_of(x: object, where: Where | None, name: str) -> tuple[Term, str]:
             f"{term!r} has dims {show_dims(term.dims)}; {name} takes a vector over one dim",
             where=where.at(0) if where else None,
         )
+    if rows_of(term.expr) == {"F"}:
+        raise LsmDimsError(f"{term!r} runs over the pairs of K; {name} takes a vector over K or V",
+                           where=where.at(0) if where else None, help=f"take pairs of {name}(…)")  # fmt: skip
     return term, next(iter(term.dims))
 
 

@@ -120,7 +120,7 @@ def _signs(decay: sympy.Expr, symbols: list[Any]) -> dict[str, int]:
     whose a is in (0, 1), as any strength is. Signs are tried from no restriction upwards, per-head inputs negative before
     per-token ones.
     """
-    symbols = sorted(symbols, key=lambda s: (s.per != "head", s.name))
+    symbols = sorted(symbols, key=lambda s: (s.per == "token", s.name))
     assumptions = {0: {"real": True}, -1: {"nonpositive": True}, +1: {"nonnegative": True}}
     choices = itertools.product((0, -1, +1), repeat=len(symbols))
     for signs in sorted(choices, key=lambda c: sum(map(abs, c))):
@@ -138,6 +138,7 @@ def describe(declaration: Any) -> list[Input]:
     """What each input of the declaration is for, read off its canonical form."""
     canonical = canonical_of(declaration)
     signs: dict[str, int] = {}
+    factors: set[str] = set()  # in decays, of numbers in (0, 1)
     fields = {field.name: field for field in canonical.inputs}
     for part in ("decay_k", "decay_v", "decay_kv"):
         decay = getattr(canonical, part, None)
@@ -145,6 +146,7 @@ def describe(declaration: Any) -> list[Input]:
             decay = sympy.sympify(decay)
             symbols = [fields[name] for name in sorted({s.name for s in decay.free_symbols} & set(fields))]
             signs |= _signs(decay, symbols)
+            factors |= {s.name for s in symbols} - set(signs)
     described = []
     for field in canonical.inputs:
         dims = tuple(field.dims)
@@ -152,6 +154,8 @@ def describe(declaration: Any) -> list[Input]:
             role = "decay"
         elif field.name == "v":
             role = "value"
+        elif field.name in factors:
+            role = "strength"
         elif dims == ("K",) and field.per == "token":
             role = "key"
         elif dims == () and field.per == "token":
@@ -173,7 +177,7 @@ class LinearMixer(nn.Module):
     - other scalars are write strengths: ``sigmoid(x)``;
     - vector gates are projected through rank ``gate_rank``;
     - keys have unit length where the declaration reads its memory, so that a correction contracts;
-    - per-head inputs are parameters, or left out where the declaration has a default.
+    - per-head and per-layer inputs are parameters, or left out where the declaration has a default.
 
     Output: per-head RMSNorm, ``silu`` gate, projection.
     """
@@ -195,8 +199,8 @@ class LinearMixer(nn.Module):
         wide, scalars, low = {}, {}, {}
         self.constants = nn.ParameterDict()
         for i in self.inputs:
-            width = self.heads[i.heads] * math.prod(self.sizes[d] for d in i.dims)
-            if i.per == "head":
+            width = math.prod(self._shape(i))
+            if i.per != "token":
                 if i.name not in defaults:
                     self.constants[i.name] = nn.Parameter(torch.zeros(self._shape(i)))
             elif i.name in ("q", "k", "v"):
@@ -225,7 +229,7 @@ class LinearMixer(nn.Module):
         self.out = nn.Linear(math.prod(self.v_shape), config.hidden, bias=False)
 
     def _shape(self, i: Input) -> tuple[int, ...]:
-        return (self.heads[i.heads], *(self.sizes[d] for d in i.dims))
+        return (*(() if i.per == "layer" else (self.heads[i.heads],)), *(self.sizes[d] for d in i.dims))
 
     def _range(self, i: Input, x: Tensor) -> Tensor:
         """Bring a raw input into the range that the declaration needs."""

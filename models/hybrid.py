@@ -76,7 +76,8 @@ class HybridMoE(nn.Module):
         self.initialise()
 
     def initialise(self) -> None:
-        """Normal weights; the two projections that feed the residual stream are smaller by √(2 layers)."""
+        """Normal weights, and constants about 1 where the method does not say how large they are: of factors that are all zero
+        none would learn. The two projections that feed the residual stream are smaller by √(2 layers)."""
         std, depth = self.config.initial_std, self.config.layers
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -85,6 +86,10 @@ class HybridMoE(nn.Module):
                 nn.init.zeros_(module.bias)
             if isinstance(module, ShortConvolution):
                 module.initialise()
+            if isinstance(module, LinearMixer):
+                for i in module.inputs:
+                    if i.name in module.constants and i.role == "free":
+                        nn.init.normal_(module.constants[i.name], mean=1.0, std=std)
         for block in self._layers:
             nn.init.normal_(block.mixer.out.weight, std=std / math.sqrt(2 * depth))
             block.experts.initialise(std, depth)

@@ -234,9 +234,14 @@ def compile_trial(trial: Trial) -> Failure | None:
 
 def operate(subject: Subject, call: Call) -> dict[str, Tensor]:
     """Output, final memories and all gradients by name, for cotangents that are the same at every call."""
-    plan = plan_of(subject)
-    found = ops.run(list(call.inputs.values()), call.start, call.cu_seqlens, plan.key)[: 1 + len(plan.carries)]
+    found = outputs(subject, call)
     return _named(subject, call, list(found), cotangents(subject, found))
+
+
+def outputs(subject: Subject, call: Call) -> Sequence[Tensor]:
+    """Output and final memories."""
+    plan = plan_of(subject)
+    return ops.run(list(call.inputs.values()), call.start, call.cu_seqlens, plan.key)[: 1 + len(plan.carries)]
 
 
 def cotangents(subject: Subject, found: Sequence[Tensor]) -> list[Tensor]:
@@ -357,10 +362,10 @@ def settle(job: Chosen) -> tuple[float, float] | Failure:
     if bad:
         return Failure(bad)
     call, times = _drawn(job.subject, job.sizes, "typical", DEVICE), []
-    spec, leaves = plan_of(job.subject).key, [*call.inputs.values(), *call.start]
+    leaves = [*call.inputs.values(), *call.start]
 
     def run() -> Sequence[Tensor]:
-        return ops.run(list(call.inputs.values()), call.start, call.cu_seqlens, spec)
+        return outputs(job.subject, call)
 
     d = cotangents(job.subject, run())
     for chosen in ({}, plans):

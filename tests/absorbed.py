@@ -75,7 +75,9 @@ def role(op: LSM, symbol: Any) -> dict[str, Chain]:
         if next(i.sign for i in describe(op) if i.name == symbol.name) > 0:
             return {"softplus": lambda x, p: F.softplus(x), "square": lambda x, p: x.square()}
         return DECAYS if symbol.per == "token" else {"plain": lambda x, p: -x.square(), "-exp": lambda x, p: -x.exp()}
-    if symbol.per == "head":
+    if next(i.role for i in describe(op) if i.name == symbol.name) == "strength" and symbol.dims:  # a factor in a decay
+        return {"sigmoid": POSITIVE["sigmoid"]}
+    if symbol.per != "token":
         return {"plain": FREE["plain"], "exp": lambda x, p: torch.exp(x) / 4}
     if c.normalizer:
         return {n: f for n, f in POSITIVE.items() if symbol.dims or n != "softmax"}
@@ -111,7 +113,7 @@ class Fed:
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Parameters]]:
         op, generator = self.declaration(), torch.Generator().manual_seed(self.seed)
-        sizes = {"B": 2, "T": self.time, "H": 2, "HV": 2 * self.groups, "K": 5, "V": 3}
+        sizes = {"B": 2, "T": self.time, "H": 2, "HV": 2 * self.groups, "K": 5, "V": 5 if op.canonical.square else 3}
 
         def draw(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, dtype=torch.float64).to(self.dtype).requires_grad_()

@@ -8,7 +8,23 @@ from dataclasses import dataclass, fields
 from hypothesis import strategies as st
 
 import lsmc
-from lsmc import LSM, Constant, Identity, M, Rotation, Scalar, Vector, k, outer, q, scalar, v, vector
+from lsmc import (
+    LSM,
+    Constant,
+    Identity,
+    M,
+    Matrix,
+    Rotation,
+    Scalar,
+    Vector,
+    k,
+    matrix,
+    outer,
+    q,
+    scalar,
+    v,
+    vector,
+)
 from lsmc.decays import Decay
 from lsmc.terms import Term
 
@@ -71,6 +87,8 @@ VALUES: dict[str, Callable[[Term, Term], Term]] = {
     "strength": lambda write, key: scalar("beta") * write,
     "a write per head": lambda write, key: write + outer(vector("w", per="head"), v),
     "two writes": lambda write, key: scalar("beta") * write + outer(lsmc.tanh(vector("w")), lsmc.tanh(v)),
+    "a write that corrects the first": lambda write, key: write + scalar("beta") * outer(
+        other := lsmc.l2norm(vector("w")), v - other @ (M.decayed + write)),
 }
 
 READOUTS: dict[str, Callable[[Term, Term], Term]] = {
@@ -128,10 +146,11 @@ def declarations(draw: st.DrawFn) -> Drawn:
     decay = draw(st.sampled_from(list(DECAYS)))
     read = "none" if decay in OVER_V else draw(st.sampled_from(list(READS)))
     momentum = draw(st.sampled_from(list(MOMENTA))) if decay in PLAIN else "none"
-    alone = read == momentum == "none" and decay not in (*OVER_V, *ROTATING)
+    alone = momentum == "none" and decay not in (*OVER_V, *ROTATING)
     readout = draw(st.sampled_from([r for r in READOUTS if r != "normaliser" or alone]))
     maps = POSITIVE if readout == "normaliser" else tuple(MAPS)
-    values = [name for name in VALUES if readout != "normaliser" or "write" not in name]
+    values = [name for name in VALUES if (readout != "normaliser" or name not in ("a write per head", "two writes"))
+              and (decay not in OVER_V or "corrects" not in name)]
     made = Drawn(
         decay=decay,
         read=read,
@@ -146,3 +165,56 @@ def declarations(draw: st.DrawFn) -> Drawn:
     return made
 
 
+BENT: dict[str, Callable[[Term], Term]] = {
+    "tanh": lambda read: lsmc.tanh(v - read),
+    "softmax": lambda read: v - lsmc.softmax(read),
+    "norm": lambda read: v - read / (1 + lsmc.norm2(read)),
+    "affine": lambda read: v - 0.5 * read,
+}
+"""What is written as a function of what is read."""
+
+MATRICES: dict[str, Callable[[], Decay]] = {
+    "of every token": lambda: Matrix("A"),
+    "of vectors": lambda: Matrix(-lsmc.softplus(vector("f", over="V")) * lsmc.exp(matrix("a", per="head"))),
+    "that turns": lambda: Matrix("A") * Rotation("theta"),
+    "whose entries turn": lambda: Vector("g") * Rotation(vector("dt", over="V") * matrix("omega", per="head")),
+    "that turns beside V": lambda: Vector("g", over="V") * Rotation("theta"),
+}
+"""Decays that are no products over K and V."""
+
+
+@dataclass(frozen=True)
+class Wider:
+    """The choices of a declaration without kernels: reads at a block's start, keys of pairs, or a decay of matrices."""
+
+    decay: str
+    key: str = "plain"
+    readout: str = "after"
+    block: int | None = None
+    bent: str = "affine"
+    bias: bool = False
+    pairs: bool = False
+
+    def declaration(self) -> LSM:
+        key, query = (lsmc.pairs(MAPS[self.key](x)) if self.pairs else MAPS[self.key](x) for x in (k, q))
+        key = lsmc.l2norm(k) if self.block else key
+        write = v if self.block is None else scalar("beta") * BENT[self.bent](key @ M + M.bias if self.bias else key @ M)
+        readout = READOUTS[self.readout](query, key)
+        decay = {**DECAYS, **MATRICES}[self.decay]()
+        return LSM("wider", decay=decay, block=self.block, update=outer(key, write), readout=readout + M.bias if self.bias else readout)
+
+
+@st.composite
+def wider(draw: st.DrawFn) -> Wider:
+    """Choices that make a declaration with a chunk form for which there are no kernels."""
+    kind = draw(st.sampled_from(["block", "block", "pairs", "matrix"]))
+    plain = [name for name in READOUTS if name not in ("normaliser", "bonus", "two queries")]
+    if kind == "block":
+        block, decay = draw(st.sampled_from([1, 2, 4, 16, 24])), draw(st.sampled_from(list(DECAYS)))
+        bias = decay in (*PLAIN, "vector over V") and draw(st.booleans())
+        return Wider(decay, readout=draw(st.sampled_from(plain)), block=block, bent=draw(st.sampled_from(list(BENT))), bias=bias)
+    if kind == "pairs":
+        decay = draw(st.sampled_from([*PLAIN, "vector over V"]))
+        key, readout = draw(st.sampled_from(["plain", "silu", "sigmoid"])), draw(st.sampled_from(plain))
+        return Wider(decay, key, "normaliser" if key == "sigmoid" and decay in PLAIN else readout, pairs=True)
+    return Wider(draw(st.sampled_from(list(MATRICES))), draw(st.sampled_from(["plain", "tanh"])), draw(st.sampled_from([*plain, "bonus"])))

@@ -16,12 +16,15 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lsmc
+import lsmc.api
+import lsmc.pipeline
 from lsmc import M, k, outer, q, scalar, v, vector
 from lsmc.cases import Case, Sample, sample, tensors
 from lsmc.laws import _gradients
@@ -58,6 +61,7 @@ class Job:
     dtype: str = "float32"
     layout: str = "guarded"  # or "strided", "columns", "expanded"
     gates: str = ""  # the type of what does not enter matrix products, where not `dtype`
+    alone: bool = False  # the forward keeps nothing for the backward, whatever pays
     options: tuple[tuple[str, Any], ...] = field(default=())
 
     def declaration(self) -> Any:
@@ -126,6 +130,15 @@ def evaluate(op: Any, given: Sample, case: Case, leaves: list[Tensor], inputs: d
             {f"the gradient of {n}": g.detach() for n, g in zip(names, gradients, strict=True)})
 
 
+@contextlib.contextmanager
+def keeping_nothing() -> Iterator[None]:
+    """What is compiled meanwhile works out in the backward all that the forward had worked out."""
+    lsmc.api._spec_of.cache_clear()
+    with patch.object(lsmc.pipeline, "sharings", lambda *_: ()):
+        yield
+    lsmc.api._spec_of.cache_clear()
+
+
 def run(job: Job) -> dict[str, float]:
     """The errors of output, final state and all gradients; raises AssertionError with those beyond the tolerance.
 
@@ -158,7 +171,7 @@ def run(job: Job) -> dict[str, float]:
     inputs = {n: x.requires_grad_() for n, x in narrow.items()}
     first = [arrange(x, "guarded").requires_grad_() for x in starts]
     state = None if not first else first[0] if len(first) == 1 else tuple(first)
-    with Guards() as guards:
+    with keeping_nothing() if job.alone else contextlib.nullcontext(), Guards() as guards:
         found = evaluate(op, given, case, [*inputs.values(), *first], inputs, state, chunk=case.chunk,
                          schedule=job.schedule, **options)
     guards.check()

@@ -17,7 +17,7 @@ from sympy.printing.str import StrPrinter
 from torch import Tensor
 
 from lsmc.functions import FUNCTIONS
-from lsmc.ir import Builder, Carry, Dims, Op, Program, operand, scanned
+from lsmc.ir import Builder, Carry, Dims, Op, Program, Scanned, operand
 from lsmc.keep import cotangents
 from lsmc.lowering.backends import aten_carry, aten_scan, aten_tiles
 from lsmc.lowering.backends.aten_rewrites import Move, move, rewrite
@@ -49,7 +49,7 @@ class _TorchPrinter(StrPrinter):
         return repr(float(expr))
 
 
-_SIZE = {"1": 0, "T": 1, "K": 2, "V": 2}
+_SIZE = {"1": 0, "T": 1, "K": 2, "V": 2, "F": 3, "E": 3}
 
 
 def expression(expr: sympy.Expr, names: list[str], dims: list[Dims]) -> str:
@@ -115,13 +115,22 @@ class Compiled:
         start = next(iter(memories.values()))
         dtype, heads, device = start.dtype, start.shape[1], start.device
         tokens = next(inputs[op.attr("name")] for op in self.program.inputs("token"))
-        grid = (aten_tiles.Dense(tokens.shape[1], chunk, device) if cu_seqlens is None
-                else aten_tiles.Packed(tokens.shape[1], chunk, cu_seqlens))
+        lead, counter = None, self.program.counter
+        if counter is not None and chunk > 1:
+            sequences = tokens.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            seen = memories[counter][:, 0, 0, 0] if counter in memories else start.new_zeros(sequences)  # the same in all heads
+            lead = seen.round().long() % chunk
+        grid = (aten_tiles.Packed(tokens.shape[1], chunk, cu_seqlens, lead) if cu_seqlens is not None
+                else aten_tiles.Dense(tokens.shape[1], chunk, device) if lead is None
+                else aten_tiles.Shifted(tokens.shape[1], chunk, lead))
         batch = tokens.shape[0]
         tiles: dict[str, Tensor] = {}
+        sizes = {"T": chunk, "1": 1}
         for op in self.program.inputs("token", "head"):
             x = inputs[op.attr("name")].to(dtype)
             x = x[..., None] if op.dims[1] == "1" else x
+            sizes |= {"K": x.shape[-2], "V": x.shape[-1]} if op.dims[1] == "E" else {op.dims[1]: x.shape[-1]}
+            x = x.flatten(-2) if op.dims[1] == "E" else x
             if op.attr("role") == "head":
                 tiles[op.attr("name")] = x[None, None] if op.dims[0] == "K" else x[None, None, :, None, :]
                 continue
@@ -130,9 +139,9 @@ class Compiled:
             tiles[op.attr("name")] = grid.tile(x)
         tiles |= {n: inputs[n] for n, _ in self.program.taken}
         unit = torch.ones((1,) * 5, dtype=dtype, device=device)
-        sizes = {"T": chunk, "1": 1}
         for carry in self.program.carries:
             sizes |= zip(self.program.index[carry.inp].dims, memories[carry.name].shape[-2:], strict=True)
+        sizes |= {"1": 1, "F": sizes["K"] ** 2} if "K" in sizes else {"1": 1}
 
         def full(x: Tensor) -> Tensor:
             return x.expand(grid.n, batch, heads, *x.shape[-2:])
@@ -157,12 +166,13 @@ def _emit(program: Program, schedule: Schedule) -> str:
     order: list[int | tuple[Carry, Move] | tuple[Carry, ...]] = []
     carried = {c.name: c for c in program.carries}
     results = dict(program.outputs)
-    for kernel in schedule.kernels:
+    for kernel in (k for k in schedule.kernels if k.whole):  # all chunks go at once here: nothing is to be cut into segments
         carries = tuple(carried[name] for name in kernel.carries)
         apart = [c for c in carries if not _scanned(program, c) and not any(c in _needed_by(program, d, carries) for d in carries)
                  and not _needed_by(program, c, carries)]
-        order += [(c, move(b, program, c)) for c in apart]
-        if bound := tuple(c for c in carries if c not in apart):
+        moves = {c: how for c in apart if (how := move(b, program, c)) is not None}
+        order += moves.items()
+        if bound := tuple(c for c in carries if c not in moves):
             order.append(bound)
         order += [results[name] for name in results if name in kernel.stores]
     order += [i for _, i in program.kept]
@@ -188,7 +198,7 @@ def _emit(program: Program, schedule: Schedule) -> str:
             starts = ", ".join(f"start[{c.name!r}]" for c in item)
             statements.append((targets, f"together([{', '.join(f'full(v{v})' for v in values)}], [{starts}], "
                                f"grid.{'reset_reverse' if item[0].reverse else 'reset_forward'}, {item[0].reverse}, "
-                               f"[size['T'], size['K'], size['V']], {steps!r})", values))
+                               f"[size.get(d, 1) for d in 'TKV'], {steps!r})", values))
             continue
         memory, how = item
         values = tuple(v for v in how.parts if v is not None)
@@ -262,19 +272,22 @@ def _step(program: Program, carries: tuple[Carry, ...], done: set[int]) -> tuple
 
 
 def _scan_source(op: Op, index: Mapping[int, Op]) -> str:
-    query, pairs, memory, rows, fields = scanned(op)
-    dims = [index[i].dims for i in fields]
-    names = [f"x{n}" for n in range(len(fields))]
+    of = Scanned.of(op)
+    dims = [index[i].dims for i in of.fields]
+    names = [f"x{n}" for n in range(len(of.fields))]
 
     def function(expr: sympy.Expr) -> str:
-        return f"lambda {', '.join(names)}: {expression(expr, names, dims)}"
+        return f"lambda {', '.join(names)}: {expression(expr, names, dims)}" if expr != 0 else ""
 
-    log = op.attr("log")
-    args = ["None" if query is None else f"v{query}", f"[{', '.join(f'v{i}' for i in pairs)}]", f"v{memory}", f"v{rows}",
-            f"[{', '.join(f'v{i}' for i in fields)}]", *([f"v{op.args[-1]}"] if op.kind == "scan_grads" else []),
-            repr(op.attr("at")), repr(" ".join("".join(d) for d in dims)), repr(function(log))]
+    def value(i: int | None) -> str:
+        return "None" if i is None else f"v{i}"
+
+    logs = [op.attr("log"), op.attr("phase")]
+    args = [value(of.query), f"[{', '.join(map(value, of.pairs))}]", value(of.memory), value(of.imaginary), value(of.rows),
+            f"[{', '.join(map(value, of.fields))}]", *([value(op.args[-1])] if op.kind == "scan_grads" else []),
+            repr(op.attr("at")), repr(" ".join("".join(d) for d in dims)), repr("\n".join(map(function, logs)))]
     if op.kind == "scan_grads":
-        args.append(repr("\n".join(function(sympy.diff(log, operand(n))) for n in range(len(fields)))))
+        args.append(repr("\n".join(function(sympy.diff(log, operand(n))) for log in logs for n in range(len(of.fields)))))
     return f"{op.kind}({', '.join(args)})"
 
 
@@ -291,6 +304,12 @@ def _source(op: Op, index: Mapping[int, Op]) -> str:
             return f"{a[0]}.mT"
         case "matmul":
             return f"{a[0]}{'.mT' * op.attr('ta')} @ {a[1]}{'.mT' * op.attr('tb')}"
+        case "rename":
+            return a[0]
+        case "pairs":
+            return f"({a[0]}[..., :, None] * {a[1]}[..., None, :]).flatten(-2)"
+        case "pairs_grad":
+            return f"({a[0]}.unflatten(-1, ({a[1]}.shape[-1],) * 2){'.mT' * op.attr('wrt')} @ {a[1]}[..., None]).squeeze(-1)"
         case "sum":
             return f"{a[0]}.sum({op.attr('axis') - 2}, keepdim=True)"
         case "max":

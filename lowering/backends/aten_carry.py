@@ -64,7 +64,7 @@ def together(values: Sequence[Tensor], starts: Sequence[Tensor], reset: Tensor |
     (B, H, K, V). Packed sequences as in `carry`.
     """
     (n, b, h), step = values[0].shape[:3], _step_of(source)
-    size, unit = {"1": 1, **dict(zip("TKV", sizes, strict=True))}, starts[0].new_ones((1,) * 5)
+    size, unit = {"1": 1, "F": sizes[1] ** 2, **dict(zip("TKV", sizes, strict=True))}, starts[0].new_ones((1,) * 5)
     states = [s.new_zeros((n, b, h, *s.shape[2:])) for s in starts]
     memories, ends = [s[None] for s in starts], [s.clone(memory_format=torch.contiguous_format) for s in starts]
     owners = None if reset is None else reset.tolist()

@@ -12,7 +12,7 @@ import sympy
 
 from lsmc import affine
 from lsmc.affine import Affine
-from lsmc.ir import Builder, Carry, Dims, LsmIRError, Op, Program, operand, scanned
+from lsmc.ir import Builder, Carry, Dims, LsmIRError, Op, Program, Scanned, operand
 
 Factor = tuple[int, bool]
 """A matrix and whether it is transposed."""
@@ -141,7 +141,7 @@ def rewrite(program: Program) -> Program:
             place = op.attr("wrt")
             attrs = {key: value for key, value in op.attrs if key != "wrt"}
             everything = b.emit("scan_grads", ("1", "1"), *args, **attrs)
-            rows = scanned(op)[3]
+            rows = Scanned.of(op).rows
             new[op.id] = b.emit("item", op.dims, everything, place=place - (place > op.args.index(rows)))
         elif op.kind == "between" and op.attr("strict"):
             both = b.emit("between", op.dims, *args, strict=False, before=op.attr("before"))
@@ -201,14 +201,15 @@ class Move:
         return self.scale, self.transition, self.constant, self.left, self.right, self.inner
 
 
-def move(b: Builder, program: Program, carry: Carry) -> Move:
-    """How `carry` moves, in values of `b`: through the value x of T rows that costs the fewest new products, if any.
+def move(b: Builder, program: Program, carry: Carry) -> Move | None:
+    """How `carry` moves, in values of `b`: through the value x of T rows that costs the fewest new products, if any; None
+    where it does not move affinely.
 
     A K×K transition would be a product per chunk to make and a larger one to apply; x is needed afterwards as well.
     """
     best: tuple[int, Move, Builder] | None = None
     for op in program.ancestors([carry.out], [carry.inp]):
-        if op.dims[0] != "T" or op.id == carry.inp:
+        if op.dims[0] != "T" or op.id == carry.inp or _mixed_beside(program, carry, op.id):
             continue
         trial = Builder(b.ops)
         if (found := _through(trial, program, carry, op.id)) is not None:
@@ -216,11 +217,25 @@ def move(b: Builder, program: Program, carry: Carry) -> Move:
             if best is None or products < best[0]:
                 best = products, found, trial
     if best is None:
-        whole = affine.split(b, program, carry)
+        try:
+            whole = affine.split(b, program, carry)
+        except LsmIRError:
+            return None
         return Move(whole.scale, whole.transition, whole.constant)
     for op in best[2].ops[len(b.ops):]:
         b.emit(op.kind, op.dims, *op.args, **dict(op.attrs))
     return best[1]
+
+
+def _mixed_beside(program: Program, carry: Carry, x: int) -> bool:
+    """Whether a product takes the memory to its next value past `x`: seen on the graph, before anything is worked out."""
+    on = {carry.inp}
+    for op in program.ancestors([carry.out], [x]):
+        if op.id != carry.inp and not on.isdisjoint(op.args):
+            if op.kind == "matmul":
+                return True
+            on.add(op.id)
+    return False
 
 
 def _through(b: Builder, program: Program, carry: Carry, x: int) -> Move | None:

@@ -314,30 +314,56 @@ class Dense:
         return x if self.full else torch.where(self.rows, x, torch.zeros_like(x))
 
 
-class Packed(Dense):
-    """Tiling of packed sequences (B = 1): every sequence starts a chunk of its own; unused chunks are empty."""
+class Shifted(Dense):
+    """Tiling of equally long sequences of which some go on within a chunk: `lead` (B,) rows before their first token."""
 
-    def __init__(self, tokens: int, chunk: int, cu_seqlens: Tensor) -> None:
+    def __init__(self, tokens: int, chunk: int, lead: Tensor) -> None:
+        self.t, self.c, self.full = tokens, chunk, False
+        self.n = (tokens + 2 * chunk - 2) // chunk
+        index = torch.arange(self.n * chunk, device=lead.device) - lead[:, None]
+        there = (index >= 0) & (index < tokens)
+        self.rows = there.unflatten(1, (self.n, chunk)).movedim(1, 0)[:, :, None, :, None]
+        self.index = torch.where(there, index, tokens)
+        self.place = lead[:, None] + torch.arange(tokens, device=lead.device)
+
+    def tile(self, x: Tensor) -> Tensor:
+        x = torch.cat([x, torch.zeros_like(x[:, :1])], 1)
+        return self._pick(x, self.index).unflatten(1, (self.n, self.c)).permute(1, 0, 3, 2, 4).contiguous()
+
+    def untile(self, x: Tensor) -> Tensor:
+        return self._pick(self._rows(x), self.place)
+
+    def _pick(self, x: Tensor, index: Tensor) -> Tensor:
+        return x[torch.arange(x.shape[0], device=x.device)[:, None], index]
+
+
+class Packed(Dense):
+    """Tiling of packed sequences (B = 1): every sequence starts a chunk of its own, `lead` (N,) rows before its first token;
+    unused chunks are empty."""
+
+    def __init__(self, tokens: int, chunk: int, cu_seqlens: Tensor, lead: Tensor | None = None) -> None:
         device, cu = cu_seqlens.device, cu_seqlens.long()
         self.t, self.c, self.full = tokens, chunk, False
         lengths = cu[1:] - cu[:-1]
-        counts = (lengths + chunk - 1) // chunk
+        before = torch.zeros_like(lengths) if lead is None else lead
+        counts = (lengths + before + chunk - 1) // chunk
         ends = counts.cumsum(0)
-        self.n = tokens // chunk + lengths.shape[0]
+        self.n = tokens // chunk + (1 if lead is None else 2) * lengths.shape[0]
         chunks = torch.arange(self.n, device=device)
         last = torch.minimum(chunks, ends[-1] - 1)  # chunks behind the end repeat the owner of the last real one
         owner = torch.searchsorted(ends, last, right=True).clamp(max=lengths.shape[0] - 1)
         first = ends[owner] - counts[owner]
-        start = cu[:-1][owner] + (chunks - first) * chunk
+        start = cu[:-1][owner] - before[owner] + (chunks - first) * chunk
         index = start[:, None] + torch.arange(chunk, device=device)
-        self.rows = ((index < cu[1:][owner][:, None]) & (chunks < ends[-1])[:, None])[:, None, None, :, None]
-        self.index = torch.where(self.rows[:, 0, 0, :, 0], index, tokens)
+        there = (index >= cu[:-1][owner][:, None]) & (index < cu[1:][owner][:, None]) & (chunks < ends[-1])[:, None]
+        self.rows = there[:, None, None, :, None]
+        self.index = torch.where(there, index, tokens)
         spare = chunks >= ends[-1]  # nothing follows them, and in reverse nothing precedes: identity on no sequence
         self.reset_forward = torch.where((chunks == first) & ~spare, owner, -1 - owner)
         self.reset_reverse = torch.where((chunks == ends[owner] - 1) & ~spare, owner, -1 - owner)
         token = torch.arange(tokens, device=device)
         seq = torch.searchsorted(cu[1:].contiguous(), token, right=True).clamp(max=lengths.shape[0] - 1)
-        self.place = (ends[seq] - counts[seq]) * chunk + token - cu[:-1][seq]
+        self.place = (ends[seq] - counts[seq]) * chunk + before[seq] + token - cu[:-1][seq]
 
     def tile(self, x: Tensor) -> Tensor:
         x = torch.cat([x, torch.zeros_like(x[:, :1])], 1)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lsmc.affine import FACTOR, PART
 from lsmc.ir import Dims, Program
 from lsmc.lowering import kernels, ptxas
 from lsmc.lowering.backends import triton_tiles
@@ -22,6 +23,7 @@ from lsmc.lowering.backends.triton_sums import gather
 from lsmc.lowering.tuned import store
 from lsmc.lowering.tuned.store import Like, Plan
 from lsmc.schedules import Schedule
+from lsmc.schedules.segments import count
 
 ptxas.select()
 
@@ -175,6 +177,8 @@ class _Launch:
         self.saved = {f"t_{i}": inputs[n] for n, i in self.program.taken}
         self.taken_as = {n: f"t_{i}" for n, i in self.program.taken} | ({"_flags": "_flags"} if "_flags" in inputs else {})
         self.flags: Tensor | None = inputs.get("_flags")
+        self.segments = count(self.sequences * self.heads, self.per_sequence)
+        self.starts: dict[str, Tensor] = {}  # of every segment
         self.outputs: dict[str, Tensor] = {}
         self.parts: dict[str, int] = {}
         self.ends: dict[str, Tensor] = {}
@@ -224,14 +228,25 @@ class _Launch:
                          f"sg_{name}": self.heads // x.shape[2]}
             else:
                 args[f"sh_{name}"] = x.stride(0)
+        part, program = k.kernel.part, k.kernel.of(self.program)
+        size = {**self.size, "V": self.size["K"]} if part == "factor" else self.size
+        units = self.sequences if k.scan else self.chunks
+        segments = self.sequences * self.segments
+        if part and part != "combine":
+            units = segments
         for c in k.carries:
-            r, v = (self.size[d] for d in self.program.index[c.inp].dims)
-            m = self.memories.get(c.name)
-            self.ends[c.name] = self.room((self.sequences, self.heads, r, v), torch.float32)
-            args |= {f"i_{c.name}": self.like if m is None else m.contiguous(), f"e_{c.name}": self.ends[c.name],
-                     f"HAS_{c.name}": m is not None}
-            if c.name in k.kernel.saves:
-                args[f"s_{c.name}"] = self.saved[c.name] = self.room((self.chunks, self.heads, r, v), self.like.dtype)
+            shape = (self.heads, *(size[d] for d in program.index[c.inp].dims))
+            m = {"": self.memories, "combine": self.memories, "apply": self.starts}.get(part, {}).get(c.name)
+            end = self.like if part == "apply" else self.room((units, *shape), torch.float32)
+            args |= {f"i_{c.name}": self.like if m is None else m.contiguous(), f"e_{c.name}": end, f"HAS_{c.name}": m is not None}
+            if part in ("", "combine"):
+                self.ends[c.name] = end
+            elif part != "apply":
+                self.saved[c.name if c.name.endswith(FACTOR) else c.name + PART] = end
+            if c.name in k.kernel.saves and part == "combine":
+                args[f"s_{c.name}"] = self.starts[c.name] = self.room((segments, *shape), torch.float32)
+            elif c.name in k.kernel.saves:
+                args[f"s_{c.name}"] = self.saved[c.name] = self.room((self.chunks, *shape), self.like.dtype)
         for c in k.loads:
             args[f"s_{c.name}"] = self.saved[c.name]
         for op in k.makes if k.how != "slow" else ():
@@ -249,15 +264,15 @@ class _Launch:
         plan = self.plan(k)
         blocks = 1
         if k.split and not k.inner:
-            blocks = triton.cdiv(self.size[k.split], plan["BK" if k.split == "K" else "BV"])
+            blocks = triton.cdiv(size[k.split], plan["BK" if k.split == "K" else "BV"])
         for name, op in k.stores:
             if k.how != "slow":
                 self.outputs[name] = self._output(name, op.dims, blocks if name in k.partial else 0)
             args[f"o_{name}"] = self.outputs[name]
-        units = self.sequences if k.scan else self.chunks
+        args |= {"SEGMENTS": self.segments} if part else {}
         args |= {"cu": self.cu, "first": self.first, "owner": self.owner, "B": self.batch, "T": self.tokens, "HV": self.heads,
                  "COUNT": self.per_sequence, "CHUNKS": self.chunks, "C": self.chunk, "LEVELS": self.chunk.bit_length() - 1,
-                 "K": self.size.get("K", 1), "V": self.size.get("V", 1), "PACKED": self.packed,
+                 "K": size.get("K", 1), "V": size.get("V", 1), "PACKED": self.packed,
                  "HOW": 1 if exact or k.how == "slow" else 0 if k.how else 2, "DT": self.type, **plan}
         return units * self.heads * blocks, args
 
@@ -319,7 +334,9 @@ def finish(outputs: Mapping[str, Tensor], inputs: Mapping[str, Tensor], parts: M
 
 def plan_of(k: Emitted, key: int, value: int, sequences: int, chunk: int) -> Plan:
     """Block sizes, warps and pipeline stages of one launch: no narrow blocks over chunks by a ptxas that gets them wrong."""
+    value = key if k.kernel.part == "factor" else value  # the columns of the factor
     size = {"K": max(16, triton.next_power_of_2(key)), "V": max(16, triton.next_power_of_2(value))}
     if k.split:
         size[k.split] = min(size[k.split], k.block if k.scan or ptxas.sound() else max(k.block, WIDE))
-    return {"BK": size["K"], "BV": size["V"], "num_warps": 4, "num_stages": 2 if k.scan or k.inner else 1}
+    warps = 8 if k.kernel.part == "combine" else 4  # exact products of a K×K matrix take the registers of eight
+    return {"BK": size["K"], "BV": size["V"], "num_warps": warps, "num_stages": 2 if k.scan or k.inner else 1}

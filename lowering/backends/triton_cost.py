@@ -5,6 +5,7 @@ The constants were fitted to single kernels measured on an H200 (docs/benchmarks
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from lsmc.ir import Op, Program
@@ -12,6 +13,7 @@ from lsmc.lowering.backends.triton_cut import Piece, block, pieces
 from lsmc.lowering.backends.triton_sums import gather
 from lsmc.schedules import Schedule, Shape
 from lsmc.schedules.order import order, peak
+from lsmc.schedules.segments import count
 from lsmc.target import Target
 
 PRODUCT = 0.65e-6
@@ -42,21 +44,22 @@ class Estimate:
 
 def estimate(program: Program, schedule: Schedule, shape: Shape, target: Target) -> list[Estimate]:
     """Every piece of a schedule, in launch order."""
-    return [_piece(program, p, shape, target) for p in pieces(program, schedule)]
+    return [_piece(p.kernel.of(program), p, shape, target) for p in pieces(program, schedule)]
 
 
 def predict(program: Program, schedule: Schedule, kernel: str, shape: Shape, target: Target, columns: int | None,
             warps: int) -> float:
     """Seconds of the kernel of this name under a plan; `program` has its sums gathered."""
     p = next(p for p in pieces(program, schedule) if p.kernel.name == kernel)
-    return _piece(program, p, shape, target, columns, warps).seconds
+    return _piece(p.kernel.of(program), p, shape, target, columns, warps).seconds
 
 
 def _piece(program: Program, p: Piece, s: Shape, target: Target, columns: int | None = None, warps: int = 4) -> Estimate:
-    """`columns` of the split dimension and `warps` for each program, where not the default ones."""
+    """`columns` of the split dimension and `warps` for each program, where not the default ones; `program` is the kernel's."""
+    part, n = p.kernel.part, count(s.sequences, s.chunks, target.units) if p.kernel.part else 1
     ends = p.roots(program)
     body = program.ancestors(ends, p.known)
-    extent = {"T": s.chunk, "K": s.key, "V": s.value, "1": 1}
+    extent = {"T": s.chunk, "K": s.key, "V": s.key if part == "factor" else s.value, "1": 1}
     blocks = 1
     if p.split:
         columns = min(columns or block(program, p), extent[p.split])
@@ -66,32 +69,45 @@ def _piece(program: Program, p: Piece, s: Shape, target: Target, columns: int | 
     def size(op: Op) -> int:
         return extent[op.dims[0]] * extent[op.dims[1]]
 
-    def weight(op: Op) -> int:
-        return size(op) * (2 if op.kind == "input" else 4)
-
     products = sum(PRODUCTS.get(op.kind, 0) for op in body if "1" not in op.dims)
     elements = sum(size(op) for op in body if op.kind in ("map", "between", "mask", "sum"))
     taken = {a for op in body for a in op.args} & p.known
-    moved = sum(size(op) * s.element_bytes for op in body if op.kind == "input" and op.id not in p.kernel.own(program))
+    width = 4 if part == "combine" else s.element_bytes
+    moved = sum(size(op) * width for op in body if op.kind == "input" and op.id not in p.kernel.own(program))
     moved += sum(size(program.index[i]) * s.element_bytes for i in (*taken, *p.makes))
     moved += sum(size(program.index[i]) * s.element_bytes for n, i in program.outputs if n in p.kernel.stores)
-    moved += sum(size(program.index[c.inp]) * s.element_bytes for c in program.carries if c.name in p.kernel.saves)
-    wanted = peak(order(body, ends, weight), weight) // (128 * warps)
+    moved += sum(size(program.index[c.inp]) * width for c in program.carries if c.name in p.kernel.saves)
+    wanted = _alive(program, p, tuple(extent.items())) // (128 * warps)
     step = PRODUCT * products + ELEMENT * elements * 4 / warps
     step *= 1 + max(0, wanted - REGISTERS) / (60 if p.kernel.carries else 300)
     if p.kernel.carries:
-        loaded = {op.id for op in body if op.kind == "input" and op.attr("role") == "token"} | p.known
+        role = "carry" if part == "combine" else "token"
+        loaded = {op.id for op in body if op.kind == "input" and op.attr("role") == role} | p.known
+        loaded -= p.kernel.own(program)
         wide = {a for op in body if op.kind in ("map", "cumsum") for a in op.args if a in loaded}
         step += WAIT * sum("1" not in program.index[a].dims for a in wide)
     step += CHAINED * max(0, _chain(program, p) - 1)
     resident = 2 * target.units * 4 // warps
     programs = s.sequences * blocks
+    steps = n if part == "combine" else s.chunks  # that a sequence takes
     if p.kernel.carries:
-        work = step * s.chunks * -(-programs // resident) * (ALONE if programs <= target.units else 1.0)
+        side = 1 if part == "combine" else n  # programs of one sequence, side by side
+        work = step * -(-steps // side) * -(-programs * side // resident) * (ALONE if programs * side <= target.units else 1.0)
     else:
-        work = step * max(1.0, programs * s.chunks / resident)
-    total = moved * programs * s.chunks
+        work = step * max(1.0, programs * steps / resident)
+    total = moved * programs * steps
     return Estimate(p.kernel.name, total, step, wanted, target.launch_s + max(work, total / target.bytes_per_s))
+
+
+@functools.lru_cache(maxsize=4096)
+def _alive(program: Program, p: Piece, extents: tuple[tuple[str, int], ...]) -> int:
+    """Bytes of the values that are alive at the worst moment of a chunk."""
+    extent, ends = dict(extents), p.roots(program)
+
+    def weight(op: Op) -> int:
+        return extent[op.dims[0]] * extent[op.dims[1]] * (2 if op.kind == "input" else 4)
+
+    return peak(order(program.ancestors(ends, p.known), ends, weight), weight)
 
 
 def _chain(program: Program, p: Piece) -> int:

@@ -7,8 +7,9 @@ Stores that are clean along different dimensions part into different pieces, so 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lsmc.ir import Op, Program, operand
 from lsmc.keep import cotangents
@@ -78,11 +79,14 @@ def costly(program: Program, schedule: Schedule) -> set[int]:
     out = {op.id for op in program.ops if op.id in free and op.dims == ("T", "T")
            and (op.kind in ("inverse", "form") or corrects and op.kind == "matmul" and "K" in contracts(program, op))}
     for k in schedule.kernels:
-        for op in program.ancestors(roots(program, Kernel(k.name, k.carries, (), ()))) if k.carries else ():
+        own = k.of(program)
+        if k.part == "combine" or not k.carries:
+            continue
+        for op in own.ancestors(roots(own, replace(k, stores=()))):
             if op.id not in columns:
                 out |= {a for a in op.args if a in columns}
             if op.id not in free or op.kind == "matmul":
-                out |= {a for a in op.args if a in dear and program.index[a].dims not in (("K", "V"), ("V", "K"))}
+                out |= {a for a in op.args if a in dear and own.index[a].dims not in (("K", "V"), ("V", "K"))}
     memories = {c.inp for c in program.carries}
     out |= {i for i in _kept(program) if not memories & {op.id for op in program.ancestors([i])}}
     return out - {i for _, i in program.outputs}
@@ -96,7 +100,7 @@ def _kept(program: Program) -> set[int]:
 def passed(program: Program, schedule: Schedule) -> set[int]:
     """What the launches of a backward program that no cotangent enters leave to the others: memories and values made."""
     late, out = cotangents(program), set[int]()
-    for p in pieces(program, schedule):
+    for p in (p for p in pieces(program, schedule) if p.kernel.whole):
         body = {op.id for op in program.ancestors(p.roots(program), p.known)} | _taken(program, p)
         made = {*p.makes, *(c.inp for c in program.carries if c.name in p.kernel.saves)}
         late, out = (late | made, out) if body & late else (late, out | made)
@@ -166,7 +170,10 @@ def splits(program: Program, kernel: Kernel, known: Iterable[int]) -> dict[str, 
 
 def block(program: Program, piece: Piece) -> int:
     """Columns of the split dimension that one program takes at most: fewer where its values are far from fitting into the
-    registers of 128 threads. (Narrow blocks repeat the loads of what has no such dimension: they must be worth it.)"""
+    registers of 128 threads, and where few programs wait for one segment after the other. (Narrow blocks repeat the loads of
+    what has no such dimension: they must be worth it.)"""
+    if piece.kernel.part == "combine":
+        return WIDE // 4
     if piece.inner or piece.split is None:
         return WIDE
     extent = {"T": 64, "K": 128, "V": 128, "1": 1, piece.split: WIDE}
@@ -179,6 +186,7 @@ def block(program: Program, piece: Piece) -> int:
     return WIDE // 2 if wanted > CROWDED[bool(piece.kernel.carries)] else WIDE
 
 
+@functools.cache
 def pieces(program: Program, schedule: Schedule) -> tuple[Piece, ...]:
     """The launches of a schedule, in order."""
     dear = costly(program, schedule)
@@ -186,7 +194,7 @@ def pieces(program: Program, schedule: Schedule) -> tuple[Piece, ...]:
     kept = set(given)
     out: list[Piece] = []
     for k in _settled(program, schedule.kernels):
-        out += _part(program, k, dear | kept)
+        out += _part(k.of(program), k, set() if k.part == "combine" else dear | kept)
         kept |= through(program, k)
     if len(out) == 1 and not out[0].kernel.carries:
         return (Piece(out[0].kernel, frozenset(given), (), out[0].split),)
@@ -211,18 +219,19 @@ def _settled(program: Program, kernels: tuple[Kernel, ...]) -> list[Kernel]:
     for i, k in enumerate(kernels):
         for n in k.stores:
             stores[next((e.name for e in kernels[:i] if made[n] in through(program, e)), k.name)].append(n)
-    return [Kernel(k.name, k.carries, k.saves, tuple(stores[k.name])) for k in kernels if k.carries or stores[k.name]]
+    return [replace(k, stores=tuple(stores[k.name])) for k in kernels if k.carries or stores[k.name]]
 
 
 def _taken(program: Program, piece: Piece) -> set[int]:
     """The values of earlier pieces that a piece reads."""
+    program = piece.kernel.of(program)
     ends = piece.roots(program)
     return (set(ends) | {a for op in program.ancestors(ends, piece.known) for a in op.args}) & piece.known
 
 
 def through(program: Program, k: Kernel) -> set[int]:
     """What a scan works out from its memory for each token and value: later kernels that take it contract K no more."""
-    body = program.ancestors(roots(program, Kernel(k.name, k.carries, (), ()))) if k.carries else []
+    body = program.ancestors(roots(program, replace(k, stores=()))) if k.carries and k.whole else []
     inside = {c.inp for c in program.carries if c.name in k.carries}
     out = set[int]()
     for op in body:
@@ -236,7 +245,7 @@ def through(program: Program, k: Kernel) -> set[int]:
 
 def _part(program: Program, k: Kernel, known: set[int]) -> list[Piece]:
     """One kernel by the dimensions that its stores split along, clean ones first."""
-    memory = splits(program, Kernel(k.name, k.carries, (), ()), known) if k.carries else {"V": True, "K": True}
+    memory = splits(program, replace(k, stores=()), known) if k.carries else {"V": True, "K": True}
     groups: dict[str | None, list[str]] = {}
     loose: list[tuple[str, dict[str, bool]]] = []
     for n in k.stores:
@@ -258,5 +267,5 @@ def _part(program: Program, k: Kernel, known: set[int]) -> list[Piece]:
     out = []
     for i, (d, stores) in enumerate(sorted(groups.items(), key=lambda g: str(g[0]))):
         name = f"{k.name}_{d or 'whole'}"
-        out.append(Piece(Kernel(name, k.carries, k.saves if i == 0 else (), tuple(stores)), frozenset(known), (), d))
+        out.append(Piece(replace(k, name=name, saves=k.saves if i == 0 else (), stores=tuple(stores)), frozenset(known), (), d))
     return out

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import sympy
 
+from lsmc.affine import FACTOR
 from lsmc.factors import factor
 from lsmc.functions import FUNCTIONS
 from lsmc.ir import Carry, Dims, Op, Program, operand
@@ -23,7 +24,7 @@ from lsmc.lowering.kernels import digest
 from lsmc.schedules import Kernel, Schedule
 from lsmc.schedules.order import order
 
-TILES = ("exp", "total", "diagonal", "keep", "dot", "running", "later", "cumsum", "lower", "between", "between_grad",
+TILES = ("exp", "total", "diagonal", "keep", "dot", "exact_dot", "running", "later", "cumsum", "lower", "between", "between_grad",
          "inverse", "mild", "form_p", "form_x", "form_y", "form_gate", "form_all")
 SIZE = {"T": "C", "K": "BK", "V": "BV", "1": "1"}
 EXTENT = {"T": 64, "K": 128, "V": 128, "1": 1}
@@ -73,14 +74,15 @@ def emit(program: Program, schedule: Schedule, flagged: bool = False) -> tuple[s
     made = {i for p in cut for i in p.makes} | {i for _, i in program.taken}
     every = [replace(p, known=p.known & made) for p in cut]
     for n, p in enumerate(every):
-        writers = [_Writer(program, p)]
+        writers = [_Writer(p.kernel.of(program), p)]
         if writers[0].decays and not p.kernel.carries and (p.makes or flagged):
             later = {i for q in every[n + 1:] if not q.kernel.carries for i in _Writer(program, q).decays}
             first = _Writer(program, p, "fast") if flagged else _Writer(program, p, "first", later=later)
             writers = [first, _Writer(program, p, "slow")]
             flagged = True
         parts += [w.run() for w in writers]
-    head = ['"""Generated from:', "", *str(program).replace("\\", "").splitlines(), "", *str(schedule).splitlines(), '"""', "",
+    programs = "\n\n".join(dict.fromkeys(str(p) for p in (program, *(p.kernel.of(program) for p in cut))))
+    head = ['"""Generated from:', "", *programs.replace("\\", "").splitlines(), "", *str(schedule).splitlines(), '"""', "",
             "import triton", "import triton.language as tl", "",
             "from lsmc.lowering.backends.triton_tiles import (", f"    {', '.join(TILES)},", ")", ""]
     text = "\n".join([*head, *(p.source for p in parts)])
@@ -252,14 +254,16 @@ class _Writer:
         if loops:
             for c in self.carries:
                 self._start(c)
-            order = "count - 1 - step" if self.kernel.reverse(self.program) else "step"
-            self.line("for step in range(count):")
+            segment = self.kernel.part not in ("", "combine")
+            first, last = ("low", "high") if segment else ("0", "count")
+            order = f"{'low + high' if segment else 'count'} - 1 - step" if self.kernel.reverse(self.program) else "step"
+            self.line(f"for step in range({f'{first}, ' * segment}{last}):")
             self.indent += 1
             self.line(f"chunk = {order}")
         self._chunk()
         if loops:
             self.indent = 1
-            for c in self.carries:
+            for c in self.carries if self.kernel.part != "apply" else ():
                 self._end(c)
         source = self._signature() + "\n".join(self.lines) + "\n"
         partial = frozenset(n for n, op in self.stores if op.id in self.part)
@@ -277,7 +281,7 @@ class _Writer:
         args += [f"s_{c.name}" for c in self.loads]
         args += [f"t_{op.id}" for op in (*self.makes, *self.takes)]
         args += ["_flags"] if self.how else []
-        args += ["cu", "first", "owner", "B", "T", "HV", "COUNT", "CHUNKS"]
+        args += ["cu", "first", "owner", "B", "T", "HV", "COUNT", "CHUNKS", *["SEGMENTS"] * bool(self.kernel.part)]
         args += [f"{n}: tl.constexpr" for n in ("C", "LEVELS", "K", "V", "BK", "BV", "PACKED", "HOW", "DT")]
         args += [f"HAS_{c.name}: tl.constexpr" for c in self.carries]
         rows, row = [], "    "
@@ -287,7 +291,7 @@ class _Writer:
                 row = "    "
             row += a + ", "
         rows.append(row.rstrip())
-        free = '["B", "T", "HV", "COUNT", "CHUNKS"]'
+        free = '["B", "T", "HV", "COUNT", "CHUNKS"' + ', "SEGMENTS"' * bool(self.kernel.part) + "]"
         return f"\n\n@triton.jit(do_not_specialize={free})\ndef {self.name}(\n" + "\n".join(rows) + "\n):\n"
 
     def _prologue(self, scan: bool) -> None:
@@ -310,8 +314,12 @@ class _Writer:
         w("row = tl.arange(0, C)[:, None]")
         if self.part:
             w("lead = (block == 0).to(tl.float32)")
-        if scan:
-            w("seq = unit")
+        if self.kernel.part == "combine":  # the segments are what the chunks of other scans are
+            w("place = unit.to(tl.int64) * SEGMENTS")
+            w("count = SEGMENTS")
+            w("length = SEGMENTS * C")
+        elif scan:
+            w("seq = unit // SEGMENTS" if self.kernel.part else "seq = unit")
             w("if PACKED:")
             w("    begin = tl.load(cu + seq).to(tl.int64)")
             w("    length = (tl.load(cu + seq + 1).to(tl.int64) - begin).to(tl.int32)")
@@ -323,6 +331,10 @@ class _Writer:
             w("    batch = seq.to(tl.int64)")
             w("    place = seq.to(tl.int64) * COUNT")
             w("count = (length + C - 1) // C")
+            if self.kernel.part:
+                w("span = (count + SEGMENTS - 1) // SEGMENTS")
+                w("low = tl.minimum(unit % SEGMENTS * span, count)")
+                w("high = tl.minimum(low + span, count)")
         else:
             w("if PACKED:")
             w("    seq = tl.load(owner + unit).to(tl.int32)")
@@ -366,11 +378,15 @@ class _Writer:
     def _start(self, c: Carry) -> None:
         offset, mask, elements = self._memory(c)
         r, k = self.program.index[c.inp].dims
-        self.line(f"at_{c.name} = (seq.to(tl.int64) * HV + head) * ({elements})")
+        self.line(f"at_{c.name} = (unit.to(tl.int64) * HV + head) * ({elements})")
         self.line(f"if HAS_{c.name}:")
         self.line(f"    m_{c.name} = tl.load(i_{c.name} + at_{c.name} + {offset}, mask={mask}, other=0.0).to(tl.float32)")
         self.line("else:")
-        self.line(f"    m_{c.name} = tl.zeros([{SIZE[r]}, {SIZE[k]}], tl.float32)")
+        if c.name.endswith(FACTOR):
+            one = f"{mask}{' & (rK == cV)' if self.kernel.part == 'factor' else ''}"
+            self.line(f"    m_{c.name} = tl.where({one}, tl.full([{SIZE[r]}, {SIZE[k]}], 1.0, tl.float32), 0.0)")
+        else:
+            self.line(f"    m_{c.name} = tl.zeros([{SIZE[r]}, {SIZE[k]}], tl.float32)")
 
     def _end(self, c: Carry) -> None:
         offset, mask, _ = self._memory(c)
@@ -715,7 +731,8 @@ class _Writer:
         wide = inner != "1" and "1" not in op.dims
         factors = [self.scaled[i][0] for i in op.args if i in self.scaled]
         ids = [self.scaled[i][1] if i in self.scaled else i for i in op.args]
-        a = [(self.h if wide else self.f)(i) for i in ids]
+        exact = self.kernel.part == "combine"  # errors of a segment's start are errors of all that follows
+        a = [(self.h if wide and not exact else self.f)(i) for i in ids]
         if factors:  # on the narrower operand
             narrow = 0 if self.program.index[ids[0]].dims[1] == self.split else 1
             scale = " * ".join([self.f(ids[narrow]), *map(self.f, factors)])
@@ -732,7 +749,7 @@ class _Writer:
             column = f"tl.trans({a[0]})" if not ta else a[0]
             text = f"tl.sum({column} * {right}, axis=0, keep_dims=True)"
         else:
-            text = f"dot({left}, {right}, DT)"
+            text = f"{'exact_dot' if exact else 'dot'}({left}, {right}, DT)"
         self.line(f"{self.v(op.id)} = {text}")
 
     def _form(self, op: Op) -> None:

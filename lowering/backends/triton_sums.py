@@ -7,6 +7,8 @@ sum of 16-bit inputs keeps 15 bits of each summand, so little is lost that was t
 
 from __future__ import annotations
 
+import functools
+
 import sympy
 
 from lsmc.ir import Builder, Op, Program, operand, prune, verify
@@ -14,6 +16,12 @@ from lsmc.ir import Builder, Op, Program, operand, prune, verify
 
 def gather(program: Program) -> Program:
     """`program` with the wide running sums of each addition taken together, and shorter row sums."""
+    return _gather(program, program.terms)
+
+
+@functools.cache
+def _gather(program: Program, terms: tuple[tuple[str, int], ...]) -> Program:
+    """Equal programs whose terms have other names are kept apart."""
     b = Builder()
     new: dict[int, int] = {}
     products = {(op.args, op.attr("tb")) for op in program.ops if op.kind == "matmul" and not op.attr("ta")}

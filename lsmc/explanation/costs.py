@@ -62,8 +62,14 @@ def _on_gpu(program: Program, schedule: Schedule, shape: Shape, target: Target) 
         work = e.seconds - target.launch_s
         serial = "steps, one after the other" if piece.kernel.carries else "arithmetic"
         limit = "memory traffic" if memory >= 0.95 * work else serial
-        body = frozenset(op.id for op in found.ancestors(piece.roots(found), piece.known))
+        own = piece.kernel.of(found)
+        body = _shown(found, piece.kernel, (op.id for op in own.ancestors(piece.roots(own), piece.known)))
         yield Launch(e.name, e.seconds, e.bytes, limit, e.registers, body)
+
+
+def _shown(program: Program, kernel: Kernel, body: Iterable[int]) -> frozenset[int]:
+    """What of a kernel's body is the chunk program's: none of what combines segments, whose program is another."""
+    return frozenset(body) & program.index.keys() if kernel.part != "combine" else frozenset()
 
 
 def _by_kernel(program: Program, schedule: Schedule, shape: Shape, target: Target) -> Iterable[Launch]:
@@ -71,7 +77,7 @@ def _by_kernel(program: Program, schedule: Schedule, shape: Shape, target: Targe
         c = cost(program, kernel, shape)
         parts = {"memory traffic": c.bytes / target.bytes_per_s, "arithmetic": c.flops / (0.4 * target.flops_per_s),
                  "steps, one after the other": c.steps * target.step_s}
-        body = frozenset(op.id for op in kernel.body(program))
+        body = _shown(program, kernel, (op.id for op in kernel.body(kernel.of(program))))
         yield Launch(kernel.name, c.seconds(target), c.bytes, max(parts, key=lambda p: parts[p]), None, body)
 
 

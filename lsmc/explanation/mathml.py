@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import sympy
 
 from lsmc.canonical import Canonical
-from lsmc.chunk import ACCUMULATOR, MEMORY, NORMALIZER
-from lsmc.expr import Field, Max, Sum, dims_of, show
+from lsmc.chunk import ACCUMULATOR, BIAS, MEMORY, NORMALIZER
+from lsmc.expr import Field, Max, Over, Pairs, Sum, dims_of, show
 
 GREEK = {
     "alpha": "α", "beta": "β", "gamma": "γ", "delta": "δ", "epsilon": "ε", "zeta": "ζ", "eta": "η", "theta": "θ", "kappa": "κ",
@@ -108,6 +108,10 @@ def _expression(e: sympy.Expr) -> tuple[str, int]:
     if isinstance(e, Sum):
         sign = f"<munder>{op('max' if isinstance(e, Max) else '∑')}<mi>{e.dim}</mi></munder>"
         return row(sign, THIN, expression(e.body, PRODUCT)), PRODUCT
+    if isinstance(e, Over):  # the same numbers
+        return _expression(e.args[1])
+    if isinstance(e, Pairs):
+        return row(expression(e.args[0], POWER), op("⊗"), expression(e.args[0], POWER)), PRODUCT
     inner, name = e.args[0] if e.args else sympy.S.Zero, type(e).__name__
     if name == "exp":
         return sup("<mi>e</mi>", expression(inner)), POWER
@@ -227,6 +231,15 @@ def _decayed(c: Canonical, memory: str) -> str:
     return row(*left, memory, *right)
 
 
+def _start(c: Canonical, of: str) -> str:
+    """A memory at the start of a block of several tokens."""
+    return symbol(f"{of}0", f"{of}_0") if c.block is not None and c.block > 1 else ""
+
+
+def _times(key: sympy.Expr, memory: str) -> str:
+    return memory if key == 1 else row(expression(key, PRODUCT), THIN, memory)
+
+
 def _reads(c: Canonical, value: sympy.Expr) -> bool:
     """Whether a written value depends on the memory."""
     return bool(value.free_symbols & {r.symbol for r in c.reads})
@@ -240,9 +253,10 @@ def step(c: Canonical) -> list[Line]:
         out.append(Line("decay", math(_memory(MEMORY, "decayed"), EQUALS, _decayed(c, _memory(MEMORY, "previous"))),
                         "the memory decays" + " and turns" * (c.phase is not None)))
     for r in c.reads:
-        found = row(expression(r.key, PRODUCT), THIN, _memory(MEMORY, r.at if decays else "previous"))
-        out.append(Line(r.symbol.name, math(symbol(r.symbol.name), EQUALS, found),
-                        "it is read" + (" after its decay" if r.at == "decayed" else " before its decay") * decays))
+        of = _start(c, r.of) or _memory(r.of, r.at if decays else "previous")
+        when = (" at the start of its block" if c.block is not None else " after its decay" if r.at == "decayed" else
+                " before its decay" * decays)
+        out.append(Line(r.symbol.name, math(symbol(r.symbol.name), EQUALS, _times(r.key, of)), "it is read" + when))
     for n, w in enumerate(c.writes):
         out.append(Line(f"U{n}", math(symbol(f"U{n}"), EQUALS, expression(tidy(w.value))),
                         "what is written" + ", from what was read" * _reads(c, w.value)))
@@ -259,8 +273,15 @@ def step(c: Canonical) -> list[Line]:
         before = before if c.decay_k is None else row(_factor(c.decay_k, expression(c.decay_k)), THIN, before)
         ones = [_transposed(w.key) for w in c.writes]
         out.append(Line(NORMALIZER, math(_memory(NORMALIZER, "updated"), EQUALS, added([before, *ones])), "the normaliser"))
+    if c.bias:
+        before = _memory(BIAS, "previous") if not decays else _decayed(c, _memory(BIAS, "previous"))
+        values = [symbol(f"U{n}") for n in range(len(c.writes))]
+        out.append(Line(BIAS, math(_memory(BIAS, "updated"), EQUALS, added([before, *values])), "the bias"))
+    if c.block is not None and c.block > 1:
+        out.append(Line("M0", math(_start(c, MEMORY), EQUALS, sub(symbol(MEMORY), row(symbol("Mt", "t"), op("−"), symbol("Mt")))),
+                        f"the memory at the start of its block of {c.block}, Mt tokens ago"))
     for y in c.queries:
-        found = row(expression(y.key, PRODUCT), THIN, _memory(y.of, y.at if decays or y.at == "updated" else "previous"))
+        found = _times(y.key, _memory(y.of, y.at if decays or y.at == "updated" else "previous"))
         if c.phase is not None and y.of == MEMORY:
             found = row("<mi mathvariant='normal'>Re</mi>", fenced(found))
         out.append(Line(y.symbol.name, math(symbol(y.symbol.name), EQUALS, found), "the query"))
@@ -276,9 +297,9 @@ ZERO = "<mn>0</mn>"
 
 def chunk(c: Canonical) -> list[Line]:
     """The same for C tokens: rows are tokens, M₀ is the memory before the chunk, ⟨x, y⟩ a (T, T) matrix of decayed products."""
-    if c.decay_kv is not None:
+    if c.matrix:
         writes = [_written(w.key, symbol(f"U{n}")) for n, w in enumerate(c.writes)]
-        before = row(power(expression(c.decay_kv)), TIMES, _memory(MEMORY, "previous"))
+        before = _decayed(c, _memory(MEMORY, "previous"))
         ends = {f"U{n}" for n in range(len(c.writes))} | {y.symbol.name for y in c.queries} | {"o"}
         return [*(line for line in step(c) if line.term in ends),
                 Line(MEMORY, math(_memory(MEMORY, "updated"), EQUALS, added([before, *writes])), "token by token")]
@@ -287,15 +308,19 @@ def chunk(c: Canonical) -> list[Line]:
     def found(key: sympy.Expr, of: str, at: str) -> str:
         parts = [row(f"<mover>{row(expression(key, POWER))}{op('~')}</mover>", THIN, symbol(of, f"{of}_0"))]
         for n, w in enumerate(c.writes):
-            weights = sub(_pair(expression(key), expression(w.key)), op("≤" if at == "updated" else "<"))
-            parts.append(row(weights, THIN, symbol(f"U{n}") if of == MEMORY else "<mn>1</mn>"))
+            other = expression(w.key) if of != BIAS else "<mn>1</mn>"
+            weights = sub(_pair(expression(key), other), op("≤" if at == "updated" else "<"))
+            parts.append(row(weights, THIN, symbol(f"U{n}") if of != NORMALIZER else "<mn>1</mn>"))
         return added(parts)
 
     for r in c.reads:
-        out.append(Line(r.symbol.name, math(symbol(r.symbol.name), EQUALS, found(r.key, MEMORY, r.at)),
-                        "every token reads the memory before the chunk, and what earlier tokens wrote"))
+        known = None if c.block is None else _times(r.key, _start(c, r.of) or _memory(r.of, "previous"))
+        words = ("every token reads the memory before the chunk, and what earlier tokens wrote" if known is None else
+                 "all tokens read the same memory")
+        out.append(Line(r.symbol.name, math(symbol(r.symbol.name), EQUALS, known or found(r.key, r.of, r.at)), words))
     for n, w in enumerate(c.writes):
-        words = "each value needs those before it: one unit lower-triangular system" if _reads(c, w.value) else "all values at once"
+        solved = _reads(c, w.value) and c.block is None
+        words = "each value needs those before it: one unit lower-triangular system" if solved else "all values at once"
         out.append(Line(f"U{n}", math(symbol(f"U{n}"), EQUALS, expression(tidy(w.value))), words))
     for y in c.queries:
         out.append(Line(y.symbol.name, math(symbol(y.symbol.name), EQUALS, found(y.key, y.of, y.at)), "all queries at once"))

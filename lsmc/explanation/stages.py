@@ -24,7 +24,8 @@ from lsmc.runtime.pages import facts, legend
 from lsmc.summary import summary
 from lsmc.target import H200
 
-STATES = {"M": "memory", "I": "its imaginary part", "P": "what momentum accumulates", "Z": "normaliser"}
+STATES = {"M": "memory", "I": "its imaginary part", "P": "what momentum accumulates", "Z": "normaliser", "Mb": "bias",
+          "M0": "memory at the start of the block", "Mb0": "bias at the start of the block", "Mt": "tokens of the block so far"}
 
 
 def lead(s: Subject, sections: Iterable[str]) -> str:
@@ -36,7 +37,7 @@ def lead(s: Subject, sections: Iterable[str]) -> str:
                 f"<td><code>{shape}</code></td><td>{html.escape(role)}</td></tr>")
 
     rows = [named(f, f.shape, _role(c, f.name)) for f in c.inputs]
-    rows += [named(f, f"(B, HV, {', '.join(f.dims)})", STATES[f.name]) for f in c.states]
+    rows += [named(f, f"({', '.join(('B', 'HV', *f.dims))})", STATES[f.name]) for f in c.states]
     titles = (re.match(r"<section id='(\w+)'><h2>(.*?)</h2>", text) for text in sections)
     links = "".join(f"<a href='#{m[1]}'>{m[2]}<i data-count='{m[1]}'></i></a>" for m in titles if m)
     return (f"<aside><h2>One step</h2>{statements(mathml.step(c))}<table class='names'>{''.join(rows)}</table>"
@@ -93,7 +94,7 @@ def chunk(s: Subject) -> str:
     c, program = s.canonical, s.trail.forward
     said = "The same statements for all tokens of a chunk: rows of a tile are tokens. "
     said += ("A decay of every entry by itself does not factor into tokens: they go one after the other, in one operation, and the "
-             "states between stay where they are computed." if c.decay_kv is not None else
+             "states between stay where they are computed." if c.matrix else
              "⟨x, y⟩ holds, for each pair of tokens, what a key finds of what another wrote. Exponents are sums of log decays "
              "between two tokens: none is positive, none is a difference.")
     return section("chunk", "Chunk program", f"{statements(mathml.chunk(c))}{_kinds(program)}"

@@ -3,8 +3,10 @@
 from lsmc.schedules.base import Choice, Cut, Kernel, Schedule, choose
 from lsmc.schedules.cost import Cost, Shape
 from lsmc.schedules.fused import fused
+from lsmc.schedules.segments import fused_segments, segments
 from lsmc.schedules.two_pass import two_pass
 
-CUTS: dict[str, Cut] = {"fused": fused, "two_pass": two_pass}
+CUTS: dict[str, Cut] = {"fused": fused, "two_pass": two_pass, "segments": segments, "fused_segments": fused_segments}
 
-__all__ = ["CUTS", "Choice", "Cost", "Cut", "Kernel", "Schedule", "Shape", "choose", "fused", "two_pass"]
+__all__ = ["CUTS", "Choice", "Cost", "Cut", "Kernel", "Schedule", "Shape", "choose", "fused", "fused_segments", "segments",
+           "two_pass"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lsmc.affine import combination, factors
 from lsmc.ir import Op, Program
 from lsmc.schedules.cost import Shape, cost
 from lsmc.target import H200, Target
@@ -16,12 +17,27 @@ class Kernel:
 
     `saves` names carries whose value before each chunk is written to memory; other carries that the body needs are
     read from there. `stores` names outputs. What the body holds follows from the graph: everything that these need.
+
+    `part` tells what it has of a scan whose sequences are cut into segments (`lsmc.schedules.segments`): "map", "factor",
+    "combine" or "apply". The first three are scans of programs that follow from the chunk program, `of`.
     """
 
     name: str
     carries: tuple[str, ...]
     saves: tuple[str, ...]
     stores: tuple[str, ...]
+    part: str = ""
+
+    def of(self, program: Program) -> Program:
+        """The program that this kernel runs, where `program` is the schedule's; the methods below take that one."""
+        if self.part == "combine":
+            return combination(program, self.carries)
+        return factors(program) if self.part in ("map", "factor") else program
+
+    @property
+    def whole(self) -> bool:
+        """Whether its memories are those of the sequence: not of a segment by itself, nor only where segments begin."""
+        return self.part in ("", "apply")
 
     def own(self, program: Program) -> set[int]:
         return {c.inp for c in program.carries if c.name in self.carries}
@@ -41,7 +57,11 @@ class Kernel:
         return any(c.reverse for c in program.carries if c.name in self.carries)
 
     def __str__(self) -> str:
-        what = f"scan carrying {', '.join(self.carries)}" if self.carries else "all chunks in parallel"
+        names = ", ".join(self.carries)
+        what = {"map": f"scan of each segment by itself, carrying {names} from nothing", "factor": f"scan of each segment by "
+                f"itself, carrying {names} from the identity", "combine": f"scan over the segments carrying {names}",
+                "apply": f"scan of each segment from where it begins, carrying {names}"}.get(self.part, f"scan carrying {names}")
+        what = what if self.carries else "all chunks in parallel"
         parts = [f"saves {', '.join(self.saves)}"] * bool(self.saves)
         parts += [f"stores {', '.join(self.stores)}"] * bool(self.stores)
         return f"{self.name}: {what}; {'; '.join(parts) or 'keeps its ends'}"

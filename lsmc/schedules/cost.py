@@ -30,8 +30,11 @@ class Shape:
         return -(-self.tokens // self.chunk)
 
     def size(self, dims: tuple[str, str]) -> int:
-        extent = {"T": self.chunk, "K": self.key, "V": self.value, "1": 1}
-        return extent[dims[0]] * extent[dims[1]]
+        return self.extent[dims[0]] * self.extent[dims[1]]
+
+    @property
+    def extent(self) -> dict[str, int]:
+        return {"T": self.chunk, "K": self.key, "V": self.value, "F": self.key**2, "E": self.key * self.value, "1": 1}
 
 
 @dataclass(frozen=True)
@@ -61,21 +64,24 @@ def graph(program: Program) -> nx.DiGraph:
 
 def _flops(program: Program, op: Op, s: Shape) -> float:
     dims = [program.index[a].dims for a in op.args]
-    extent = {"T": s.chunk, "K": s.key, "V": s.value, "1": 1}
     match op.kind:
         case "matmul":
             inner = dims[0][0] if op.attr("ta") else dims[0][1]
-            return 2.0 * s.size(op.dims) * extent[inner]
+            return 2.0 * s.size(op.dims) * s.extent[inner]
         case "form" | "form_gate":  # half of a square, on log2(C) levels of halves
             d = dims[-1][1]
-            return (4.0 if op.kind == "form_gate" else 1.0) * s.chunk * s.chunk * extent[d]
+            return (4.0 if op.kind == "form_gate" else 1.0) * s.chunk * s.chunk * s.extent[d]
+        case "pairs_grad":
+            return 2.0 * s.size(dims[0])
         case "inverse":
             return 2.0 / 3.0 * s.chunk**3
     return 0.0
 
 
 def cost(program: Program, kernel: Kernel, s: Shape) -> Cost:
-    """The cost of one kernel of a schedule at the given sizes."""
+    """The cost of one kernel of a schedule at the given sizes, as if sequences were not cut into segments: a backend that
+    runs segments side by side counts them itself."""
+    program = kernel.of(program)
     ops = kernel.body(program)
     tiles = float(sum(s.size(op.dims) * (4 if op.attr("role") == "carry" else s.element_bytes)
                       for op in ops if op.kind == "input" and op.id not in kernel.own(program)))

@@ -69,12 +69,37 @@ PROGRAMS: list[tuple[str, str, type[errors.LsmError], str]] = [
     ("the next value", 'LSM("m", update=outer(k, v.next))', errors.LsmCausalityError, "v.next"),
     ("the next memory", 'LSM("m", update=outer(k, v), readout=q @ M.next)', errors.LsmCausalityError, "M.next"),
     ("the key before", 'LSM("m", update=outer(k[-1], v))', errors.LsmDelayError, "-1"),
+    (
+        "the softmax over products of PaTH attention",
+        'LSM("m", recurrence=(eye - scalar("beta") * outer(k, k)) @ M + outer(k, v), readout=softmax(q @ k) * v)',
+        errors.LsmDelayError,
+        "q @ k",
+    ),
+    (
+        "the memory mixing of sLSTM in a gate",
+        'LSM("m", decay=Scalar(logsigmoid(scalar("f") + v @ (q @ M))), update=outer(k, v))',
+        errors.LsmDeclarationError,
+        'logsigmoid(scalar("f") + v @ (q @ M))',
+    ),
     ("an angle over V", 'Rotation(vector("theta", over="V"))', errors.LsmDimsError, 'vector("theta", over="V")'),
     ("momentum by name", 'LSM("m", momentum="eta", update=outer(k, v))', errors.LsmDeclarationError, '"eta"'),
     ("momentum over K", 'LSM("m", momentum=Vector("h"), update=outer(k, v))', errors.LsmDimsError, 'Vector("h")'),
     ("momentum of a recurrence", 'LSM("m", momentum=Scalar("h"), recurrence=M + outer(k, v))', errors.LsmDeclarationError, 'Scalar("h")'),
     ("scaling beside momentum", 'LSM("m", momentum=Scalar("h"), update=outer(k, v) - 0.5 * M)', errors.LsmUpdateError, "outer(k, v) - 0.5 * M"),
     ("a normaliser beside a rotation", 'LSM("m", decay=Rotation("t"), update=outer(k, v), readout=(q @ M) / (q @ M.normalizer))', errors.LsmUpdateError, "(q @ M) / (q @ M.normalizer)"),
+    ("pairs beside the vector", 'LSM("m", update=outer(pairs(k) + k, v))', errors.LsmDimsError, "pairs(k) + k"),
+    ("reading pairs with a vector", 'LSM("m", update=outer(pairs(k), v), readout=q @ M)', errors.LsmDimsError, "q @ M"),
+    ("pairs that decay along K", 'LSM("m", decay=Vector("g"), update=outer(pairs(k), v), readout=pairs(q) @ M)', errors.LsmDimsError, 'Vector("g")'),
+    ("a norm of pairs", "l2norm(pairs(k))", errors.LsmDimsError, "pairs(k)"),
+    ("pairs of a value", "pairs(v)", errors.LsmDimsError, "v"),
+    ("a value over V again", 'over(v, "V")', errors.LsmDimsError, "v"),
+    ("what is read over K", 'over(k @ M, "K")', errors.LsmUpdateError, "k @ M"),
+    ("a block of no token", 'LSM("m", block=0, update=outer(k, v - k @ M))', errors.LsmDeclarationError, "0"),
+    ("a block without a read", 'LSM("m", block=4, update=outer(k, v))', errors.LsmUpdateError, "4"),
+    ("a block and the decayed memory", 'LSM("m", decay=Scalar("g"), block=4, update=outer(k, v - k @ M.decayed))', errors.LsmUpdateError, "outer(k, v - k @ M.decayed)"),
+    ("a bias that decays along K", 'LSM("m", decay=Vector("g"), update=outer(k, v), readout=q @ M + M.bias)', errors.LsmUpdateError, "q @ M + M.bias"),
+    ("reading the bias", 'LSM("m", update=outer(k, v), readout=q @ M.bias)', errors.LsmDimsError, "M.bias"),
+    ("an input of nobody", 'scalar("a", per="batch")', errors.LsmDeclarationError, '"batch"'),
     ("a growing constant", "Constant(0.1)", errors.LsmDecayError, "0.1"),
     ("a growing default", 'Constant("log_a", default=0.1)', errors.LsmDecayError, "0.1"),
     ("a default that grows for some head", 'Constant("a", default=lambda n: [0.5 - h for h in range(n)])', errors.LsmDecayError, "lambda n: [0.5 - h for h in range(n)]"),
@@ -158,11 +183,13 @@ def test_a_method_that_is_not_affine_says_so_without_running() -> None:
 
 UNCHUNKED: list[tuple[str, type[errors.LsmError], str]] = [
     ('m = LSM("m", update=outer(k, tanh(v - k @ M)))', errors.LsmNotAffineError, "tanh"),
-    ('m = LSM("m", decay=Matrix("A"), update=outer(k, v))', errors.LsmNoChunkFormError, "does not factor"),
+    # the memory mixing of sLSTM in what is written
+    ('m = LSM("m", decay=Scalar("g"), update=outer(k, tanh(v + q @ M)))', errors.LsmNotAffineError, "not affine in R0"),
+    ('m = LSM("m", update=outer(k, v - layernorm(k @ M)))', errors.LsmNotAffineError, "block=16"),
+    ('m = LSM("m", update=outer(k, v), readout=q @ M + q @ matrix("A"))', errors.LsmNoChunkFormError, "outside of the decay"),
     ('m = LSM("m", decay=Matrix(matrix("A", per="head")), update=outer(k, v - k @ M))', errors.LsmNoChunkFormError, "is read by its own update"),
     ('m = LSM("m", decay=Vector("g"), momentum=Scalar("h"), update=outer(k, v))', errors.LsmNoChunkFormError, "momentum beside g"),
     ('m = LSM("m", decay=Rotation("theta"), momentum=Scalar("h"), update=outer(k, v))', errors.LsmNoChunkFormError, "momentum beside theta"),
-    ('m = LSM("m", decay=Rotation("theta") * Vector("g", over="V"), update=outer(k, v))', errors.LsmNoChunkFormError, "rotates decays along V"),
 ]
 
 

@@ -76,7 +76,7 @@ def inputs_for(c: Canonical, b: int, t: int, h: int, hv: int, k: int, v: int, dt
     gates = gate_names(c)
     for f in c.inputs:
         token = f.per == "token"
-        shape = ((b, t) if token else ()) + (h if f.heads == "H" else hv,) + tuple({"K": k, "V": v}[d] for d in f.dims)
+        shape = tuple({"B": b, "T": t, "H": h, "HV": hv, "K": k, "V": v}[part] for part in f.parts)
         if f.name in gates and c.decay_k in (None, f) and c.decay_v in (None, f):
             x = gate(regime, shape, 1 if token else None)
         elif f.name in gates or not f.dims:

@@ -11,11 +11,11 @@ from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lsmc import reference, zoo
+from lsmc import LSM, reference, zoo
 from lsmc.cases import CHUNKS, GATES, Case, sample, tensors
 from lsmc.laws import LAWS, _cotangents, _gradients, _Skip, _Tally
 from lsmc.schedules import CUTS
-from tests.declarations import Drawn, body, declarations
+from tests.declarations import Drawn, Wider, body, declarations, wider
 
 TOLERANCE = 1e-10
 EXAMPLES = int(os.environ.get("LSMC_EXAMPLES", "150"))
@@ -42,9 +42,9 @@ def drawn_cases(draw: st.DrawFn) -> Case:
 
 def errors(names: list[str], found: list[Tensor], wanted: list[Tensor]) -> dict[str, float]:
     """RMS of the difference over the RMS of the reference. What cancels to nothing, such as the gradient of a softmax
-    over one element, is measured against 1e-4 of the largest of `wanted`, or of 1."""
+    over one element or of a gate that nothing outlives, is measured against 1e-3 of the largest of `wanted`, or of 1."""
     rms = [float(x.detach().square().mean().sqrt()) if x.numel() else 0.0 for x in wanted]
-    floor = 1e-4 * max(1.0, *rms)
+    floor = 1e-3 * max(1.0, *rms)
     out = {}
     for name, x, y, size in zip(names, found, wanted, rms, strict=True):
         assert x.shape == y.shape, name
@@ -66,7 +66,17 @@ def test_derived_programs_equal_the_recurrence(drawn: Drawn, case: Case, schedul
     for name in ("decay", "read", "readout"):
         event(f"{name}: {getattr(drawn, name)}")
     event(f"gates: {case.gates}, chunk {case.chunk}, {schedule}, packed {bool(case.cuts)}")
-    op = drawn.declaration()
+    equals_the_recurrence(drawn.declaration(), case, schedule, str(drawn))
+
+
+@given(drawn=wider(), case=drawn_cases(), schedule=st.sampled_from(list(CUTS)))
+@settings(max_examples=max(8, EXAMPLES // 8))
+def test_programs_without_kernels_equal_the_recurrence(drawn: Wider, case: Case, schedule: str) -> None:
+    """Reads at a block's start of whatever length, which a call may begin within; keys of pairs; decays of matrices."""
+    equals_the_recurrence(drawn.declaration(), dataclasses.replace(case, time=min(case.time, 50)), schedule, str(drawn))
+
+
+def equals_the_recurrence(op: LSM, case: Case, schedule: str, drawn: str) -> None:
     options: dict[str, Any] = {"scale": case.scale}
     if case.cuts:
         case = dataclasses.replace(case, batch=1)

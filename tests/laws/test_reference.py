@@ -37,15 +37,21 @@ from lsmc.expr import MEMORY, Field
 from lsmc.functions import FUNCTIONS
 from lsmc.inputs import Sizes
 from lsmc.reference import _TORCH, _Evaluator
+from lsmc.terms import Term
 
 B, T, H, HV, K, V = 2, 6, 2, 4, 3, 5
 SIZES = {"B": B, "T": T, "H": H, "HV": HV, "K": K, "V": V}
 
 
+def sizes_of(method: LSM) -> dict[str, int]:
+    """The sizes of a method's tensors: V = K where it takes one for the other."""
+    return SIZES | {"F": K * K} | ({"V": K} if method.canonical.square else {})
+
+
 def draw(method: LSM, seed: int = 0, **sizes: int) -> dict[str, Tensor]:
     """Inputs in float64; what only the decay uses is ≤ 0, beta in (0, 1), keys of norm ≤ 1."""
     generator = torch.Generator().manual_seed(seed)
-    size = SIZES | sizes
+    size = sizes_of(method) | sizes
     decays = [
         part
         for part in (method.canonical.decay_k, method.canonical.decay_v, method.canonical.decay_kv)
@@ -53,8 +59,7 @@ def draw(method: LSM, seed: int = 0, **sizes: int) -> dict[str, Tensor]:
     ]
     made = {}
     for symbol in method.inputs:
-        lead = ("B", "T") if symbol.per == "token" else ()
-        shape = [size[part] for part in (*lead, symbol.heads, *symbol.dims)]
+        shape = [size[part] for part in symbol.parts]
         x = torch.randn(shape, generator=generator, dtype=torch.float64)
         if symbol.name == "k":
             x = torch.nn.functional.normalize(x, dim=-1)
@@ -68,8 +73,9 @@ def draw(method: LSM, seed: int = 0, **sizes: int) -> dict[str, Tensor]:
 
 def start(method: LSM, *lead: int, draw: bool = True) -> tuple[Tensor, ...]:
     """The memories of a method for these sequences and heads: drawn, or zero."""
-    shapes = [(*lead, *(SIZES[d] for d in f.dims)) for f in method.canonical.states]
-    return tuple((torch.randn if draw else torch.zeros)(shape, dtype=torch.float64) for shape in shapes)
+    shapes = [(*lead, *(sizes_of(method)[d] for d in f.dims)) for f in method.canonical.states]
+    return tuple(torch.randn(shape, dtype=torch.float64) if draw and len(shape) > len(lead)
+                 else torch.zeros(shape, dtype=torch.float64) for shape in shapes)  # fmt: skip
 
 
 def one(states: tuple[Tensor, ...]) -> Any:
@@ -81,7 +87,8 @@ def steps(
     method: LSM, x: dict[str, Tensor], step: Callable[..., tuple[Any, Tensor]]
 ) -> tuple[Tensor, Any]:
     """A recurrence written by hand for one head, over all batches and heads."""
-    o, finals = torch.zeros(B, T, HV, V, dtype=torch.float64), start(method, B, HV, draw=False)
+    size = sizes_of(method)["V"]
+    o, finals = torch.zeros(B, T, HV, size, dtype=torch.float64), start(method, B, HV, draw=False)
     heads = {symbol.name: symbol for symbol in method.inputs}
     for b in range(B):
         for h in range(HV):
@@ -90,7 +97,9 @@ def steps(
                 now = {}
                 for name, value in x.items():
                     head = h // (HV // H) if heads[name].heads == "H" else h
-                    now[name] = value[b, t, head] if heads[name].per == "token" else value[head]
+                    now[name] = {"token": lambda x: x[b, t, head], "head": lambda x: x[head], "layer": lambda x: x}[  # noqa: B023
+                        heads[name].per
+                    ](value)
                 memory, o[b, t, h] = step(memory, **now)
             for final, last in zip(finals, memory if isinstance(memory, tuple) else (memory,), strict=True):
                 final[b, h] = last
@@ -185,6 +194,26 @@ def momentless(memory, q, k, v, alpha, theta):
     return (1 - alpha) * memory - theta * slope, q @ ((1 - alpha) * memory - theta * slope)
 
 
+def layer_norm(y, w, b):
+    return w * (y - y.mean()) / (y.var(correction=0) + 1e-6).sqrt() + b
+
+
+def ttt_ln(memory, q, k, v, eta, w, b, block=4):
+    memory, bias, *start, seen = memory if len(memory) > 2 else (*memory, *memory, 0)
+    at = [x.clone().requires_grad_() for x in start]
+    loss = (layer_norm(k @ at[0] + at[1], w, b) - (v - k)).square().sum() / 2
+    slopes = torch.autograd.grad(loss, at)
+    memory, bias, seen = memory - eta * slopes[0], bias - eta * slopes[1], seen + 1
+    if seen == block:
+        start, seen = (memory, bias), torch.zeros(())
+    return (memory, bias, *start, seen), q + layer_norm(q @ memory + bias, w, b)
+
+
+def ttt_ln_sequential(memory, **inputs):
+    memory, o = ttt_ln(memory, **inputs, block=1)
+    return memory[:2], o
+
+
 def titans(memory, q, k, v, alpha, eta, theta):
     memory, momentum = memory
     at = memory.clone().requires_grad_()
@@ -200,9 +229,25 @@ def gateloop(memory, q, k, v, g, theta):
     return (memory.real, memory.imag), (q.to(memory.dtype) @ memory).real
 
 
+def rebased(memory, q, k, v, gamma, beta):
+    memory, z = memory
+
+    def feature(x):
+        x = gamma * x + beta
+        return torch.outer(x, x).flatten()
+
+    memory, z = memory + torch.outer(feature(k), v), z + feature(k)
+    return (memory, z), feature(q) @ memory / (feature(q) @ z + 1e-6)
+
+
 def s4(memory, v, b, c, dt, A, D):
     memory = (dt * A).exp() * memory + dt * torch.outer(b, v)
     return memory, c @ memory + D * v
+
+
+def s4_complex(memory, v, b, c, dt, A, D, omega):
+    memory = torch.exp(dt * torch.complex(A, omega)) * torch.complex(*memory) + dt * torch.outer(b, v)
+    return (memory.real, memory.imag), (c.to(memory.dtype) @ memory).real + D * v
 
 
 def mamba(memory, q, k, v, dt, A, D):
@@ -228,11 +273,15 @@ BY_HAND: list[tuple[LSM, Callable[..., tuple[Tensor, Tensor]]]] = [
     (lsmc.zoo.gateloop_real, gla),
     (lsmc.zoo.rwkv7, rwkv7),
     (lsmc.zoo.ttt, ttt),
+    (lsmc.zoo.ttt_ln_sequential, ttt_ln_sequential),
+    (LSM("in_blocks", block=4, update=Term(lsmc.zoo.ttt_ln.update), readout=Term(lsmc.zoo.ttt_ln.readout)), ttt_ln),
     (lsmc.zoo.gfw, two_sided),
     (lsmc.zoo.titans_plain, momentless),
     (lsmc.zoo.titans, titans),
     (lsmc.zoo.gateloop, gateloop),
+    (lsmc.zoo.rebased, rebased),
     (lsmc.zoo.s4, s4),
+    (lsmc.zoo.s4_complex, s4_complex),
     (lsmc.zoo.mamba, mamba),
     (lsmc.zoo.deltanet, deltanet),
     (lsmc.zoo.mamba2, skip),
@@ -240,7 +289,7 @@ BY_HAND: list[tuple[LSM, Callable[..., tuple[Tensor, Tensor]]]] = [
         LSM("delta", recurrence=(eye - scalar("beta") * outer(k, k)) @ M + scalar("beta") * outer(k, v)),
         deltanet,
     ),
-    (LSM("full", decay=Matrix(lsmc.log(matrix("A"))), update=outer(k, v)), full),
+    (lsmc.zoo.gfw_full, full),
     (
         LSM(
             "skip",
@@ -435,7 +484,7 @@ def test_no_tokens_leave_the_state_as_it_is(name: str) -> None:
     x = draw(method, T=0)
     states = start(method, B, HV)
     o, state = lsmc.reference(method)(**x, initial_state=one(states), return_final_state=True)
-    assert o.shape == (B, 0, HV, V)
+    assert o.shape == (B, 0, HV, sizes_of(method)["V"])
     assert all(map(torch.equal, tensors(state), states))
 
 

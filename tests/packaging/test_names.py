@@ -12,7 +12,7 @@ from lsmc import zoo
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Methods that are in the literature and may join the zoo; those in the zoo are added.
+# Methods that are in the literature and may join the zoo; those in the zoo and among the examples are added.
 KNOWN = set(
     """bla retnet gla lightning rebased gfw gateloop deltanet gated_deltanet kda ttt titans
     mamba mamba2 hgrn2 rwkv6 rwkv7""".split()
@@ -26,7 +26,7 @@ def test_no_file_below_the_declaration_names_a_method() -> None:
     )
     if listing.returncode:
         pytest.skip("not a git checkout")
-    names = KNOWN | set(zoo.names())
+    names = KNOWN | set(zoo.names()) | {path.stem for path in (ROOT / "examples").glob("*.py")}
     # gated_deltanet, GatedDeltaNet, gated-deltanet: the same name; "_gla" and "gla2" too, but not "glance".
     spelled = "|".join(
         re.escape(name).replace("_", "[-_ ]?") for name in sorted(names, key=len, reverse=True)

@@ -139,7 +139,7 @@ def test_a_mistake_in_the_users_file_shows_its_line(
         ('x = LSM("x", decays=1, update=outer(k, v))', "LsmFileError", 2, 'LSM("x", decays=1, update=outer(k, v))'),
         ("x = LSM('x',\n  update=outer(k, 1 / 0))", "LsmFileError", 3, "1 / 0"),
         ('x = LSM("x", update=outer(k, tanh(v - k @ M)))', "LsmNotAffineError", 2, "outer(k, tanh(v - k @ M))"),
-        ('x = LSM("x", decay=Matrix("A"), update=outer(k, v))', "LsmNoChunkFormError", 2, 'Matrix("A")'),
+        ('x = LSM("x", decay=Matrix("A"), update=outer(k, v - k @ M))', "LsmNoChunkFormError", 2, 'Matrix("A")'),
     ],
 )
 def test_whatever_goes_wrong_in_the_users_file_is_shown_at_its_place(

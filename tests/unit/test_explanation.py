@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import lsmc
@@ -34,7 +35,7 @@ from lsmc.lowering import ptxas
 from lsmc.lowering.backends.triton_sums import gather
 from lsmc.lowering.offline import Resources
 from lsmc.schedules import Shape
-from tests.declarations import Drawn, declarations
+from tests.declarations import Drawn, Wider, declarations, wider
 from tests.pages import Page
 from tests.unit.test_ir import draw, run
 
@@ -123,9 +124,9 @@ def named_values(program: Program, inputs: dict[str, Tensor]) -> dict[str, Tenso
     return {n: x for n, x in run(dataclasses.replace(program, outputs=program.terms), inputs).items() if not n.endswith("+")}
 
 
-@given(drawn=declarations())
-@settings(max_examples=12)
-def test_the_mathematics_of_a_drawn_method_is_well_formed_and_names_its_inputs(drawn: Drawn) -> None:
+@given(drawn=st.one_of(declarations(), wider()))
+@settings(max_examples=16)
+def test_the_mathematics_of_a_drawn_method_is_well_formed_and_names_its_inputs(drawn: Drawn | Wider) -> None:
     canonical = drawn.declaration().canonical
     lines = step(canonical)
     named = {x.get("data-t") for line in (*lines, *chunk(canonical)) for x in ElementTree.fromstring(line.math).iter()}

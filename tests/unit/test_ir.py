@@ -19,7 +19,7 @@ from lsmc.canonical import Canonical
 from lsmc.chunk import derive
 from lsmc.factors import hoist
 from lsmc.inputs import Sizes
-from lsmc.ir import ATTRS, KINDS, LsmIRError, Op, Program, operand, parse
+from lsmc.ir import ATTRS, KINDS, Builder, Dims, LsmIRError, Op, Program, Scanned, operand, parse, verify
 from lsmc.keep import keep
 from lsmc.reference import _Evaluator
 from tests.declarations import Drawn, declarations
@@ -41,12 +41,13 @@ def printed(canonical: Canonical) -> list[Program]:
 
 # --- an interpreter of one chunk, by the table of `lsmc.ir`
 
-C, SIZE = 6, {"T": 6, "K": 3, "V": 2, "1": 1}
+C, SIZE = 6, {"T": 6, "K": 3, "V": 3, "F": 9, "E": 9, "1": 1}
 
 
 def draw(op: Op, forward: Program) -> Tensor:
     """An input tile: small, and negative, so that it may be a log decay, unless a logarithm is taken of it."""
     logs = {a for o in forward.ops if o.kind == "map" and type(o.attr("expr")).__name__ == "log" for a in o.args}
+    logs |= {Scanned.of(o).fields[0] for o in forward.ops if o.kind == "scan" and type(o.attr("log")).__name__ == "log"}
     return (1 if op.id in logs else -1) * torch.rand(SIZE[op.dims[0]], SIZE[op.dims[1]], dtype=torch.float64)
 
 
@@ -60,7 +61,7 @@ def weights(strict: bool, before: bool, g: Tensor) -> Tensor:
     return torch.stack(rows).view(C, C, -1)
 
 
-def evaluate(op: Op, a: list[Tensor]) -> Tensor:
+def evaluate(op: Op, a: list[Tensor], dims: list[Dims]) -> Tensor:
     at = dict(op.attrs)
     match op.kind:
         case "map":
@@ -82,8 +83,12 @@ def evaluate(op: Op, a: list[Tensor]) -> Tensor:
             return x.flip(0) if at["reverse"] else x
         case "mask":
             return a[0].tril(-1 if at["strict"] else 0)
-        case "valid":
+        case "valid" | "rename":
             return a[0]
+        case "pairs":
+            return (a[0][:, :, None] * a[1][:, None, :]).flatten(1)
+        case "pairs_grad":
+            return torch.einsum("iab,ib->ia" if at["wrt"] == 0 else "iba,ib->ia", a[0].unflatten(1, (SIZE["K"], -1)), a[1])
         case "between":
             return weights(at["strict"], at["before"], a[0])[..., 0]
         case "between_grad":
@@ -100,39 +105,46 @@ def evaluate(op: Op, a: list[Tensor]) -> Tensor:
                 total = torch.einsum("ij,id,jd,ijd->", p.detach(), x.detach(), y.detach(), weights(at["strict"], at["before"], g))
             return torch.autograd.grad(total, g)[0]
         case "scan":
-            return scan(op, a)
+            return scan(op, a, dims)
         case "scan_grad":
             whole = Op(op.id, op.dims, "scan", op.args[:-1], tuple((n, x) for n, x in op.attrs if n != "wrt"))
             given = [x.detach().requires_grad_() for x in a[:-1]]
             with torch.enable_grad():
-                made = scan(whole, given)
+                made = scan(whole, given, dims)
             return torch.autograd.grad(made, given[at["wrt"]], a[-1].detach())[0]
         case "inverse":
             return torch.linalg.inv(torch.eye(C, dtype=torch.float64) + a[0].tril(-1))
     raise AssertionError(op.kind)
 
 
-def scan(op: Op, a: list[Tensor]) -> Tensor:
-    """Token by token; operands of `log` with rows T give their row, as a column where it runs over K."""
-    at, pairs = op.attr("at"), a[bool(op.attr("at")) :][: 2 * op.attr("writes")]
-    memory, fields = a[bool(at) + len(pairs)], a[bool(at) + len(pairs) + 2 :]
+def scan(op: Op, a: list[Tensor], dims: list[Dims]) -> Tensor:
+    """Token by token; operands of `log` and `phase` with rows T give their row, as a column where it runs over K."""
+    at, of, values = op.attr("at"), Scanned.of(op), dict(zip(op.args, zip(a, dims)))
+    query, pairs = of.query is not None, [values[i][0] for i in of.pairs]
+    memory, fields = values[of.memory][0], [values[i] for i in of.fields]
+    memory = memory if of.imaginary is None else torch.complex(memory, values[of.imaginary][0])
     read = []
     for i in range(C):
-        seen = [x if x.shape[0] != C else x[i][:, None] if x.shape[1] == SIZE["K"] else x[i][None] for x in fields]
-        values = {operand(n): x for n, x in enumerate(seen)}
-        log = _Evaluator(values, Sizes(1, 1, 1, 1, SIZE["K"], SIZE["V"], 1), torch.float64, memory.device)(op.attr("log"))  # type: ignore[arg-type]
-        decayed = log.exp() * memory
+        seen = [x if d[0] != "T" else x[i].view(SIZE["K"], -1) if d[1] == "E" else x[i][:, None] if d[1] == "K" else x[i][None]
+                for x, d in fields]  # fmt: skip
+        known = _Evaluator({operand(n): x for n, x in enumerate(seen)}, Sizes(1, 1, 1, 1, 3, 3, 1), torch.float64, memory.device)  # type: ignore[misc]
+        factor = known(op.attr("log")).exp()
+        if of.imaginary is not None:
+            factor = factor * torch.complex(known(op.attr("phase")).cos(), known(op.attr("phase")).sin())
+        decayed = factor * memory
         updated = decayed + sum(k[i][:, None] * v[i] for k, v in zip(pairs[::2], pairs[1::2], strict=True))
-        read.append(a[0][i] @ {"previous": memory, "decayed": decayed}.get(at, updated))
+        if query:
+            read.append(a[0][i] @ torch.real({"previous": memory, "decayed": decayed}.get(at, updated)))
         memory = updated
-    return torch.stack(read) if at else memory
+    return torch.stack(read) if query else memory.imag if at == "imaginary" else torch.real(memory)
 
 
 def run(program: Program, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """The outputs, and the value of each carry after the chunk under `<name>+`."""
     values: dict[int, Tensor] = {}
     for op in program.ops:
-        values[op.id] = inputs[op.attr("name")] if op.kind == "input" else evaluate(op, [values[i] for i in op.args])
+        values[op.id] = inputs[op.attr("name")] if op.kind == "input" else evaluate(
+            op, [values[i] for i in op.args], [program.index[i].dims for i in op.args])
     out = {name: values[i] for name, i in program.outputs}
     return out | {f"{c.name}+": values[c.out] for c in program.carries}
 
@@ -239,11 +251,15 @@ MALFORMED: dict[str, str] = {
     "%6: (T,K) = form(%0, %0, %5){wrt=P, strict=True, before=False}": "of what it is derived by",
     "%6: (T,K) = form_gate(%0, %0, %0, %5){strict=True, before=False}": "(T, T) tile for P",
     "%6: (T,V) = form_gate(%4, %0, %0, %5){strict=True, before=False}": "of what it is derived by",
+    "%6: (T,T) = rename(%0)": "exchanges the columns",
+    "%6: (T,F) = pairs(%0, %1)": "two (·, K) tiles",
+    "%6: (T,K) = pairs_grad(%0, %0){wrt=0}": "a tile over pairs",
     "%6: (T,K) = round(%0, %0)": "takes (1,) operands",
     "%6: (T,1) = diagonal(%0, %0)": "takes (1,) operands",
-    "%6: (T,V) = scan(%0, %1, %3, %2){log=x0, writes=1, at=updated}": "operands are a query",
-    "%6: (T,K) = scan(%0, %1, %3, %2){log=x0, writes=1, at=}": "result has the wrong dimensions",
-    "%6: (K,V) = scan_grad(%0, %1, %3, %2, %1){wrt=2, log=x0, writes=1, at=}": "the cotangent",
+    "%6: (T,V) = scan(%0, %1, %3, %2){log=x0, phase=0, writes=1, at=updated}": "operands are a query",
+    "%6: (K,V) = scan(%0, %1, %3, %2){log=x0, phase=x0, writes=1, at=imaginary}": "its imaginary part",
+    "%6: (T,K) = scan(%0, %1, %3, %2){log=x0, phase=0, writes=1, at=real}": "result has the wrong dimensions",
+    "%6: (K,V) = scan_grad(%0, %1, %3, %2, %1){wrt=2, log=x0, phase=0, writes=1, at=real}": "the cotangent",
     "carry M: %3 -> %0": "changes its dimensions",
     "carry M: %3 -> %9": "not defined",
     "carry q: %0 -> %0": "role=carry",
@@ -313,3 +329,11 @@ def test_programs_know_no_numbers_but_exact_ones() -> None:
     for program in programs(lsmc.zoo.gla.canonical):
         for op in program.ops:
             assert op.kind != "map" or not op.attr("expr").atoms(sympy.Float)
+
+
+def test_a_sum_of_more_operands_than_a_map_takes_is_made_in_parts() -> None:
+    b = Builder()
+    terms = [b.input(f"a{n}", "token", ("T", "K")) for n in range(3 * KINDS["map"][-1])]
+    total = b.add(*terms)
+    program = verify(Program("long", tuple(b.ops), (), (("o", total),)))
+    assert {op.id for op in program.ancestors([total]) if op.kind == "input"} == set(terms)

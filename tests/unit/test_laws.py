@@ -133,6 +133,17 @@ def test_a_corner_case_is_shrunk_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen[-1] == cases.Case(time=5, gates="mixture")
 
 
+def test_progress_is_a_line_for_each_law_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["split_equals_whole", "chunk_form_equals_recurrence"]
+    laws.check(Recurrence(simple()), examples=1, laws=names, progress=True)
+    assert capsys.readouterr().err.splitlines() == ["split equals whole …", "chunk form equals recurrence …"]
+    with pytest.raises(lsmc.LsmCheckError):
+        laws.check(WrongInLongSequences(simple()), examples=30, laws=names[:1], progress=True)
+    assert capsys.readouterr().err.splitlines() == ["split equals whole …", "split equals whole: a smaller failing case …"]
+    laws.check(Recurrence(simple()), examples=1, laws=names)
+    assert capsys.readouterr().err == ""
+
+
 def test_the_same_seed_draws_the_same_cases_and_another_seed_others() -> None:
     def drawn(seed: int) -> list[cases.Case]:
         seen: list[cases.Case] = []

@@ -35,6 +35,8 @@ METHODS = [*zoo.names(), OWN]
 
 
 def small(lsm: Any, **changes: Any) -> HybridMoE:
+    square = (getattr(zoo, lsm) if isinstance(lsm, str) else lsm).canonical.square
+    changes |= {"value_dim": SMALL.head_dim} if square else {}
     model = HybridMoE(dataclasses.replace(SMALL, lsm=lsm, **changes)).double()
     for parameter in model.parameters():  # far from the initial values, where much is nearly zero
         torch.nn.init.normal_(parameter, std=0.3)
@@ -109,18 +111,26 @@ def test_every_parameter_learns(method: Any) -> None:
         assert parameter.grad.any(), name
 
 
+@pytest.mark.parametrize("method", [m.name for m in zoo.METHODS if any(f.per != "token" for f in m.inputs)])
+def test_constants_learn_from_where_they_start(method: str) -> None:
+    model = HybridMoE(dataclasses.replace(SMALL, lsm=method, value_dim=SMALL.head_dim)).double()
+    model(torch.randint(0, 31, (2, 33)), torch.randint(0, 31, (2, 33))).total.backward()
+    for name, parameter in model.blocks[0].mixer.constants.items():
+        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
+
+
 @pytest.mark.parametrize("method", METHODS, ids=identify)
 def test_inputs_have_the_shapes_and_ranges_that_the_declaration_needs(method: Any) -> None:
     mixer = small(method).blocks[0].mixer
     values, _, _ = mixer._inputs(5 * torch.randn(2, 9, 24, dtype=torch.float64), None, advance=False)
     for i in mixer.inputs:
         if i.name not in values:
-            assert i.per == "head"  # left to the declaration's default
+            assert i.per != "token"  # left to the declaration's default
             continue
         value = values[i.name]
-        sizes = {"K": 6, "V": 5}
-        lead = (2, 9) if i.per == "token" else ()
-        assert value.shape == (*lead, {"H": 2, "HV": 4}[i.heads], *(sizes[d] for d in i.dims))
+        sizes = {"B": 2, "T": 9, "H": 2, "HV": 4, "K": 6, "V": mixer.sizes["V"]}
+        field = next(f for f in mixer.declaration.canonical.inputs if f.name == i.name)
+        assert value.shape == tuple(sizes[part] for part in field.parts)
         if i.role == "decay" and i.sign < 0:
             assert (value <= 0).all()
         if i.role == "strength":

@@ -80,14 +80,15 @@ def test_padding_of_k_and_v_never_leaks(interpreter: Workers, drawn: Drawn) -> N
 
 @given(drawn=declarations(), size=st.tuples(st.integers(1, 20), st.integers(1, 20)), time=st.sampled_from([1, 15, 16, 33]),
        gates=st.sampled_from(list(GATES)), groups=st.integers(1, 2), state=st.booleans(),
-       cuts=st.sampled_from([(), (), (3, 3, 20)]))
+       cuts=st.sampled_from([(), (), (3, 3, 20)]), turn=st.integers(0, 1))
 @settings(max_examples=EXAMPLES)
 def test_kernels_of_drawn_declarations_equal_the_recurrence(
         interpreter: Workers, drawn: Drawn, size: tuple[int, int], time: int, gates: str, groups: int, state: bool,
-        cuts: tuple[int, ...]) -> None:
+        cuts: tuple[int, ...], turn: int) -> None:
+    """A schedule of whole scans and one of segments; the other two in turn."""
     case = Case(time=time, groups=groups, key_dim=size[0], value_dim=size[1], chunk=16, gates=gates, initial_state=state,
                 cuts=cuts, seed=size[0])
-    interpreter.run(*(Job(drawn, case, s) for s in CUTS))
+    interpreter.run(*(Job(drawn, case, s) for s in list(CUTS)[turn::2]))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -123,3 +124,38 @@ NAMES = [Drawn("scalar", "none", "plain", "plain", "two writes", "two queries"),
 def test_names_of_inputs_never_meet_in_a_kernel(interpreter: Workers, drawn: Drawn) -> None:
     """Inputs named a, g, p, u, w, z in one kernel: their pointers, strides and group sizes have names of their own."""
     interpreter.run(Job(drawn, dataclasses.replace(SMALL, time=17)))
+
+
+SEGMENTED = ("bla", "mamba2", "gla", "gfw", "deltanet", "kda")
+"""Chunks that leave their memory whole, scale it by a number, rows, rows and columns, mix its rows, mix and scale them."""
+LONG = Case(time=128, heads=1, key_dim=5, value_dim=3, chunk=16, initial_state=True)
+
+
+def test_segments_equal_the_recurrence(interpreter: Workers) -> None:
+    """Outputs, final state and every gradient, that of the initial state too: scalar and vector decay, a delta rule, both. Five
+    chunks make segments of three and two, three of two and one; the last chunk has one token or all but one. The backward takes
+    the memories that the forward keeps and makes factors of cotangents, or (`alone`) scans them again and transposes theirs."""
+    times = {"mamba2": (65, "segments"), "deltanet": (65, "segments"), "kda": (33, "segments")}
+    packed = dataclasses.replace(LONG, time=53, cuts=(0, 4, 4))
+    for seen in interpreter.run(*(Job(n, dataclasses.replace(LONG, time=t), schedule) for n, (t, schedule) in times.items()),
+                                Job("gla", dataclasses.replace(LONG, time=47), "fused_segments", alone=True),
+                                Job("deltanet", packed, "segments", alone=True)):
+        assert len(seen) >= 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SEGMENTED)
+def test_segments_equal_the_recurrence_at_every_border(interpreter: Workers, name: str) -> None:
+    """Eight chunks make four segments, nine leave the last one empty, ten give it a chunk of one token; one chunk is one segment."""
+    times = {127: "segments", 129: "fused_segments", 145: "segments", 13: "segments"}
+    cases = [(dataclasses.replace(LONG, time=t), schedule) for t, schedule in times.items()]
+    interpreter.run(*(Job(name, case, schedule) for case, schedule in cases))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SEGMENTED)
+def test_packed_sequences_have_segments_of_their_own(interpreter: Workers, name: str) -> None:
+    """Empty ones, shorter than a chunk, of fewer chunks than segments, of more; K and V of several blocks."""
+    case = dataclasses.replace(LONG, time=133, cuts=(0, 4, 4, 30))
+    wide = dataclasses.replace(case, key_dim=70, value_dim=66, initial_state=False)
+    interpreter.run(Job(name, case, "segments"), Job(name, wide, "fused_segments"))

@@ -28,14 +28,18 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 METHODS = tuple(m.name for m in zoo.METHODS if able("triton", derive(m.canonical)) == "triton")
 SLOW = ("kda", "gated_deltanet")
 """Their largest kernels take ptxas half a minute: these come first."""
+SEGMENTS = ("deltanet",)
+"""Whose scans in segments are compiled without --slow: one of each way to combine them."""
 
 
 def measure(name: str, direction: str, schedule: str, dtype: str) -> list[Any]:
-    """What every kernel takes; runs in a process without the interpreter."""
+    """What every kernel takes; of a schedule in segments only their scans, others have the rest. Not with the interpreter."""
     from lsmc.lowering.offline import resources
 
     plan = compile_plan(getattr(zoo, name).canonical, Options(schedule=None if schedule == "chosen" else schedule, target="triton"))
     executable: Any = getattr(plan, direction).executable
+    if "segments" in schedule:
+        executable.kernels = tuple(k for k in executable.kernels if k.kernel.part) or executable.kernels
     return resources(executable, key=128, value=128, chunk=CHUNK, dtype=dtype)
 
 
@@ -78,8 +82,10 @@ def compiles(request: pytest.FixtureRequest) -> Iterator[Compiles]:
 def _cases() -> list[Any]:
     """What training runs at the typical shape; with --slow, every schedule, and the forward that keeps nothing."""
     out = [(name, direction, "chosen", ()) for name in METHODS for direction in ("training", "backward")]
+    out += [(name, direction, "segments", ()) for name in SEGMENTS for direction in ("training", "backward")]
     out += [(name, direction, schedule, [pytest.mark.slow]) for name in METHODS for schedule in CUTS
-            for direction in ("forward", "training", "backward")]
+            for direction in ("forward", "training", "backward")
+            if direction == "forward" or schedule != "segments" or name not in SEGMENTS]
     return [pytest.param(*case, "bf16", marks=marks, id="-".join(case)) for *case, marks in out]
 
 

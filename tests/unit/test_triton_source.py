@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -19,7 +19,7 @@ from tests.declarations import Drawn
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
-SIZES = {"B", "T", "HV", "COUNT", "CHUNKS"}
+SIZES = {"B", "T", "HV", "COUNT", "CHUNKS", "SEGMENTS"}
 """Sizes that are known at launch only, int32 in a kernel: the product of two of them may exceed 2^31."""
 
 DECLARATIONS = [m for m in zoo.METHODS if able("triton", derive(m.canonical)) == "triton"] + [
@@ -28,12 +28,15 @@ DECLARATIONS = [m for m in zoo.METHODS if able("triton", derive(m.canonical)) ==
     Drawn("vector per head", "none", "exp", "softmax", "strength", "normaliser").declaration()]
 
 
-def sources(method: LSM) -> Iterator[str]:
+@cache
+def sources(method: LSM) -> tuple[str, ...]:
+    found = list[str]()
     for schedule in CUTS:
         plan = compile_plan(method.canonical, Options(schedule=schedule, target="triton"))
         for direction in (plan.forward, plan.training, plan.backward):
             executable: Any = direction.executable
-            yield executable.source
+            found.append(executable.source)
+    return tuple(found)
 
 
 def narrow_products(source: str) -> list[str]:
