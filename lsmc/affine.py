@@ -106,7 +106,7 @@ def origin(program: Program, name: str) -> str:
 @functools.cache
 def moves(program: Program) -> Mapping[str, str]:
     """How memories pass through a chunk: "whole", "scaled" elementwise, or "mixed" by a K×K matrix. Memories that need one
-    another on their way, and those that go token by token inside a chunk, are left out."""
+    another on their way, and those that go token by token inside a chunk, or have other rows to mix than K, are left out."""
     found: dict[str, str] = {}
     for c in program.carries:
         together = {d.inp for d in program.carries if d.reverse == c.reverse and d != c}
@@ -118,6 +118,8 @@ def moves(program: Program) -> Mapping[str, str]:
             if how.transition is not None and origin(program, c.name) == c.name:
                 _columns(b, program, c, c.inp)
         except LsmIRError:
+            continue
+        if how.transition is not None and b.dims(c.inp)[0] != "K":
             continue
         one = b.map(sympy.Integer(1))
         found[c.name] = "mixed" if how.transition is not None else "whole" if how.scale == one else "scaled"
@@ -139,7 +141,7 @@ def factors(program: Program) -> Program:
         else:
             scale = split(b, program, c).scale
             scale = b.map(sympy.Integer(0)) if scale is None else scale
-            f = b.input(c.name + FACTOR, "carry", ("K", b.dims(scale)[1]))
+            f = b.input(c.name + FACTOR, "carry", (b.dims(c.inp)[0], b.dims(scale)[1]))
             out = b.mul(f, scale)
         carries.append(Carry(c.name + FACTOR, f, out, c.reverse))
     return replace(program, ops=tuple(b.ops), carries=tuple(carries))

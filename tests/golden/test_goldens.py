@@ -51,7 +51,7 @@ def test_text_is_the_same_in_every_process() -> None:
     """Neither hash seeds nor what was compiled before reach the text."""
     code = (
         "import lsmc\nfrom lsmc.pipeline import Options, stages\n"
-        "for op in reversed(lsmc.zoo.METHODS):\n    for text in stages(op.canonical, Options()).values(): print(text)"
+        "for op in reversed(lsmc.zoo.METHODS[::3]):\n    for text in stages(op.canonical, Options()).values(): print(text)"
     )
     seen = {
         subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(HERE.parents[1])},

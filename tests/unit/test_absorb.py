@@ -259,7 +259,7 @@ def test_sixteen_bit_values_are_widened_inside() -> None:
 
 
 @pytest.mark.usefixtures("no_code")
-@pytest.mark.parametrize("method", ["kda", "gla"])
+@pytest.mark.parametrize("method", ["gla", pytest.param("kda", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("remat", [False, True])
 def test_a_hybrid_model_is_the_same_with_and_without_the_pass(method: str, remat: bool, caplog: pytest.LogCaptureFixture) -> None:
     """Loss and every gradient, in one graph; each L block's gates, norms and strengths are said to be absorbed."""

@@ -28,6 +28,8 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 METHODS = tuple(m.name for m in zoo.METHODS if able("triton", derive(m.canonical)) == "triton")
 SLOW = ("kda", "gated_deltanet")
 """Their largest kernels take ptxas half a minute: these come first."""
+RARE = ("titans", "titans_plain", "gfw", "gateloop", "gateloop_real")
+"""Left to --slow: variants, and what takes ptxas long."""
 SEGMENTS = ("deltanet",)
 """Whose scans in segments are compiled without --slow: one of each way to combine them."""
 
@@ -81,7 +83,8 @@ def compiles(request: pytest.FixtureRequest) -> Iterator[Compiles]:
 
 def _cases() -> list[Any]:
     """What training runs at the typical shape; with --slow, every schedule, and the forward that keeps nothing."""
-    out = [(name, direction, "chosen", ()) for name in METHODS for direction in ("training", "backward")]
+    out = [(name, direction, "chosen", [pytest.mark.slow] * (name in RARE)) for name in METHODS
+           for direction in ("training", "backward")]
     out += [(name, direction, "segments", ()) for name in SEGMENTS for direction in ("training", "backward")]
     out += [(name, direction, schedule, [pytest.mark.slow]) for name in METHODS for schedule in CUTS
             for direction in ("forward", "training", "backward")
