@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from torch.fx import GraphModule
 
 torch.set_num_threads(1)  # the tensors are small: more threads would mostly wait for each other
 
@@ -72,3 +74,18 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
                 pytest.fail("\n".join([f"{path.name} changed; `make golden` accepts it", *changes]), pytrace=False)
 
     return check
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[GraphModule]]:
+    """What `lsmc.compile` hands to Inductor, which is left out: graphs run as they are."""
+    seen: list[GraphModule] = []
+
+    def keep(module: GraphModule, *_: Any, **__: Any) -> Callable[..., Any]:
+        seen.append(module)
+        return module.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", keep)
+    yield seen
+    torch._dynamo.reset()

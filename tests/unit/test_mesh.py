@@ -33,19 +33,7 @@ from lsmc.runtime.traffic import traffic
 RANKS = 4
 
 
-@pytest.fixture(autouse=True)
-def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[GraphModule]]:
-    """What `lsmc.compile` hands to Inductor, which is left out: graphs run as they are."""
-    seen: list[GraphModule] = []
-
-    def keep(module: GraphModule, *_: Any, **options: Any) -> Callable[..., Any]:
-        seen.append(module)
-        return module.forward
-
-    torch._dynamo.reset()
-    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", keep)
-    yield seen
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("graphs")
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -30,21 +29,6 @@ from lsmc.runtime.ranks import Ranks
 from lsmc.runtime.train import TrainConfig
 
 TOKENS = torch.zeros(2, 16, dtype=torch.int64)
-
-
-@pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[GraphModule]]:
-    """What `lsmc.compile` hands to Inductor, which is left out: graphs run as they are."""
-    seen: list[GraphModule] = []
-
-    def keep(module: GraphModule, *_: Any, **__: Any) -> Callable[..., Any]:
-        seen.append(module)
-        return module.forward
-
-    torch._dynamo.reset()
-    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", keep)
-    yield seen
-    torch._dynamo.reset()
 
 
 @pytest.fixture
