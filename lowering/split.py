@@ -152,17 +152,29 @@ class _Values(_Evaluator):
 def _suffix(g: Tensor) -> Tensor:
     """Sums over the later tokens."""
     later = torch.cat([g[:, 1:], torch.zeros_like(g[:, :1])], 1)
-    return later.flip(1).cumsum(1).flip(1)
+    return _sums(later.flip(1)).flip(1)
 
 
 def _prefix(g: Tensor, before: bool) -> Tensor:
     """Sums over the tokens so far; `before`: without the present one."""
-    return torch.cat([torch.zeros_like(g[:, :1]), g[:, :-1]], 1).cumsum(1) if before else g.cumsum(1)
+    return _sums(torch.cat([torch.zeros_like(g[:, :1]), g[:, :-1]], 1) if before else g)
 
 
-def _product(keys: Tensor, values: Tensor) -> Tensor:
-    """Σ_s keyᵀ value, (B, HV, K, V)."""
-    return keys.squeeze(-1).permute(0, 2, 3, 1) @ values.squeeze(-2).transpose(1, 2)
+def _sums(g: Tensor, block: int = 64) -> Tensor:
+    """Running sums over dimension 1, within blocks and over blocks: short sums keep digits, and Inductor (torch 2.11) fails on
+    long ones, which it splits over programs."""
+    if g.shape[1] <= block or g.shape[1] % block:
+        return g.cumsum(1)
+    inside = g.unflatten(1, (-1, block)).cumsum(2)
+    return (inside + _prefix(inside[:, :, -1], before=True)[:, :, None]).flatten(1, 2)
+
+
+def _product(keys: Tensor, values: Tensor, block: int = 256) -> Tensor:
+    """Σ_s keyᵀ value, (B, HV, K, V); block by block, since one product per head would keep few processors of a GPU busy."""
+    block = keys.shape[1] if keys.shape[1] % block else block
+    left = keys.squeeze(-1).unflatten(1, (-1, block)).permute(0, 3, 1, 4, 2)
+    right = values.squeeze(-2).unflatten(1, (-1, block)).permute(0, 3, 1, 2, 4)
+    return (left @ right).sum(2)
 
 
 # --- what is sent

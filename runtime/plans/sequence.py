@@ -26,6 +26,7 @@ from lsmc.errors import LsmError
 from lsmc.lowering import ops
 from lsmc.lowering.split import way
 from lsmc.runtime import collectives
+from lsmc.runtime.attend import able, attend
 from lsmc.runtime.insert import Value
 from lsmc.runtime.mesh import Axis
 from lsmc.runtime.spread import RULES, Spread, attention, batched, padded
@@ -103,6 +104,8 @@ def causal(s: Spread, node: Node, q: Value, k: Value, v: Value, attn_mask: Any =
     pending = collectives.gather(torch.stack([k, v]) if k.shape == v.shape else torch.cat([k, v], -1)[None], s.axis)
     parts = collectives.arrived(pending).unflatten(0, (many, -1)).movedim(0, -3).flatten(-3, -2)
     k, v = (parts[0], parts[1]) if k.shape == v.shape else (parts[0][..., : k.shape[-1]], parts[0][..., k.shape[-1] :])
+    if is_causal and k.shape[-2] == n * many and not kwargs.get("enable_gqa") and able(q, k, v):
+        return s.mark(attend(q, k, v, kwargs.get("scale"), s.axis.group), replace(split, dim=q.ndim - 2))
     if is_causal:
         rows = s.writer.create_proxy("call_function", torch.arange, (n,), {"device": q.device}) + s.rank() * n
         columns = s.writer.create_proxy("call_function", torch.arange, (n * many,), {"device": q.device})
