@@ -49,10 +49,10 @@ def _(q: Tensor, k: Tensor, v: Tensor, scale: float | None, group: str) -> tuple
 def _attend_backward(d: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, sums: Tensor, scale: float | None,
                      group: str) -> tuple[Tensor, Tensor, Tensor]:
     seen, many = _seen(q, group), k.shape[-2]
-    none = torch.empty(0, dtype=torch.int64, device=q.device)  # of sequences packed, and of dropout
+    seed = torch.empty(2, dtype=torch.int64, device=q.device)  # of dropout, which there is none of
     q, d = q.contiguous(), d.contiguous()
-    dq, dk, dv = _flash_backward(d, q, k[..., :seen, :], v[..., :seen, :], o, sums, none, none, q.shape[-2], seen, 0.0, True,
-                                 none, none, scale=scale)
+    dq, dk, dv = _flash_backward(d, q, k[..., :seen, :], v[..., :seen, :], o, sums, None, None, q.shape[-2], seen, 0.0, True,
+                                 seed, seed, scale=scale)
     return dq.contiguous(), *(F.pad(x, (0, 0, 0, many - seen)).contiguous() for x in (dk, dv))
 
 

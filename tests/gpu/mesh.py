@@ -135,7 +135,7 @@ def exchanged(step: Callable[[], Any]) -> dict[str, float]:
         return {}
     from torch.profiler import ProfilerActivity, profile, schedule
 
-    with profile(activities=[ProfilerActivity.CUDA], schedule=schedule(wait=0, warmup=2, active=1)) as trace:
+    with profile(activities=[ProfilerActivity.CUDA], schedule=schedule(wait=0, warmup=2, active=1, repeat=1)) as trace:
         for _ in range(3):
             meet()
             step()
