@@ -63,9 +63,11 @@ def resource(compiled: Compiled, k: Emitted, key: int, value: int, chunk: int, d
     plan = dict(plan)
     value = key if k.kernel.part == "factor" else value
     options = {o: plan.pop(o) for o in ("num_warps", "num_stages")}
-    constants: dict[str, Any] = {"C": chunk, "LEVELS": chunk.bit_length() - 1, "K": key, "V": value, "PACKED": False,
+    rows = max(chunk, 16)
+    constants: dict[str, Any] = {"C": rows, "STEP": chunk, "LEVELS": rows.bit_length() - 1, "LED": False, "K": key, "V": value, "PACKED": False,
                                  "HOW": {"first": 0, "fast": 0, "slow": 1}.get(k.how, 2),
                                  "DT": types[dtype], **plan}
+    narrow = {f"s_{c.name}" for c in (*k.carries, *k.loads) if compiled.program.index[c.inp].dims[0] == "1"} if not k.kernel.part else set()
     signature: dict[str, str] = {}
     attrs: dict[tuple[int, ...], list[list[Any]]] = {}
     for i, name in enumerate(function.arg_names):
@@ -74,13 +76,13 @@ def resource(compiled: Compiled, k: Emitted, key: int, value: int, chunk: int, d
         if name in constants:
             signature[name] = "constexpr"
             continue
-        if name.startswith("s_") and k.kernel.part == "combine":
+        if name.startswith("s_") and k.kernel.part == "combine" or name in narrow:
             signature[name] = "*fp32"
         elif name.startswith(("p_", "o_", "t_", "s_")):
             signature[name] = f"*{dtype}"
         elif name.startswith(("i_", "e_")):
             signature[name] = "*fp32"
-        elif name in ("owner", "_flags"):
+        elif name in ("owner", "_flags", "seen"):
             signature[name] = "*i32"
         elif name in ("cu", "first"):
             signature[name] = "*i64"

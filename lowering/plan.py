@@ -14,9 +14,8 @@ from typing import Protocol
 from torch import Tensor
 
 import lsmc.lowering.backends.aten as aten
-from lsmc import affine
 from lsmc.canonical import Canonical
-from lsmc.ir import Builder, Dims, LsmIRError, Program
+from lsmc.ir import Dims, Program
 from lsmc.keep import keep
 from lsmc.schedules import Choice, Schedule, Shape
 from lsmc.schedules.base import Rank, by_kernel
@@ -40,7 +39,7 @@ def backend(device: str) -> str:
     return os.environ.get("LSMC_BACKEND") or ("triton" if device == "cuda" else "aten")
 
 
-LACKS = {"triton": frozenset({"scan", "scan_grad", "pairs", "pairs_grad", "rename"})}
+LACKS = {"triton": frozenset({"scan", "scan_grad", "pairs", "pairs_grad"})}
 """Operations that a backend has no code for."""
 
 
@@ -48,14 +47,8 @@ def able(target: str, program: Program) -> str:
     """The backend `target` where it has code for all of a program, else ATen, which runs on every device."""
     if target == "aten" or LACKS[target] & {op.kind for op in program.ops}:
         return "aten"
-    if any(program.index[c.inp].dims[0] != "K" for c in program.carries):  # kernels hold memories of K rows
-        return "aten"
-    try:
-        for carry in program.carries:
-            affine.split(Builder(program.ops), program, carry)
-    except LsmIRError:  # a memory that chunks do not move affinely
-        return "aten"
-    return target
+    held = all(program.index[c.inp].dims[0] in ("K", "1") for c in program.carries)  # in the registers of one program
+    return target if held else "aten"
 
 
 def ranking(target: str) -> Rank:
@@ -122,6 +115,7 @@ class Plan:
 
     training           the forward that keeps what the backward takes; `forward` itself where that is nothing
     canonical, scale   the method, and the factor on its q
+    fresh              blocks begin with chunks: memories that are given may be in the middle of one
     shape              the sizes at which its schedules were ranked
     derive             the plan of another method, with its factor on q, at the options of this one
     """
@@ -129,6 +123,7 @@ class Plan:
     canonical: Canonical
     scale: float
     chunk: int
+    fresh: bool
     shape: Shape
     forward: Direction
     training: Direction

@@ -64,8 +64,8 @@ def _optional(key: str) -> tuple[str, ...]:
 
 @functools.cache
 def _spec_of(key: str, device: str, options: tuple[Any, ...], sizes: tuple[int, ...] | None) -> str:
-    scale, chunk, schedule = options
-    made = Options(scale=scale, chunk=chunk, schedule=schedule, target=backend(device))
+    scale, chunk, schedule, fresh = options
+    made = Options(scale=scale, chunk=chunk, schedule=schedule, target=backend(device), fresh=fresh)
     canonical = declared(key).canonical  # of an operator whose every head has inputs of its own: see `every_head`
     canonical = canonical.substitute({f: Field(f.name, f.dims, "head") for f in canonical.inputs if f.per == "layer"})
     if sizes is None:
@@ -83,9 +83,10 @@ def _chunks(key: str, device: str) -> tuple[int, int]:
 
 
 @constant
-def _spec(key: str, device: str, scale: float, chunk: int, schedule: str | None,
+def _spec(key: str, device: str, scale: float, chunk: int, schedule: str | None, fresh: bool,
           sizes: tuple[int, ...] | None) -> str:
-    return _spec_of(key, device, (scale, chunk, schedule), sizes)
+    fresh &= (declared(key).canonical.block or 1) > 1  # all else is the same for calls with and without memories
+    return _spec_of(key, device, (scale, chunk, schedule, fresh), sizes)
 
 
 def _refuse(kind: type[LsmError], rule: str) -> None:
@@ -133,7 +134,7 @@ def call(declaration: LSM, *, initial_state: State | None = None, return_final_s
     if chunk is None:
         least, usual = _chunks(declaration.key, device)
         chunk = usual if sizes is None else max(least, min(usual, sizes[1]))
-    spec = _spec(declaration.key, device, float(scale), chunk, schedule, sizes)
+    spec = _spec(declaration.key, device, float(scale), chunk, schedule, initial_state is None, sizes)
     start: list[Tensor] = []
     if initial_state is not None:
         given = initial_state if isinstance(initial_state, tuple | list) else (initial_state,)

@@ -51,18 +51,18 @@ class _Written:
         return _Written(rows, self.value, None) if of == BIAS else self
 
 
-def derive(canonical: Canonical, scale: float = 1.0) -> Program:
-    """The chunk program of a canonical method; `scale` multiplies q.
+def derive(canonical: Canonical, scale: float = 1.0, fresh: bool = False) -> Program:
+    """The chunk program of a canonical method; `scale` multiplies q. With `fresh`, every chunk begins where a block does.
 
     Raises, where reads are not of a block's start, `LsmNotAffineError` when what is written is not affine in what is read, and
     `LsmNoChunkFormError` when a memory that decays along V is read by its own update; and when momentum meets a decay over K
     or V or a rotation.
     """
-    return _Derivation(canonical, scale).run()
+    return _Derivation(canonical, scale, fresh).run()
 
 
 class _Derivation:
-    def __init__(self, canonical: Canonical, scale: float) -> None:
+    def __init__(self, canonical: Canonical, scale: float, fresh: bool) -> None:
         self.c, self.b = canonical, Builder()
         self.matrix = canonical.matrix
         if self.matrix:
@@ -85,7 +85,10 @@ class _Derivation:
         self.angle = None
         if canonical.phase is not None and not self.matrix:
             self.angle = self.b.valid(self.b.expand(self.lower(canonical.phase), ("T", "K")))
-        self.memories = {f.name: self.b.input(f.name, "carry", f.tile) for f in canonical.states}
+        self.carried = {f.name: self.b.input(f.name, "carry", f.tile) for f in canonical.states}
+        self.memories = dict(self.carried)
+        if fresh and COUNT in self.memories:  # the memory at the block's start is that before the chunk
+            self.memories |= {n: self.carried[n.removesuffix("0")] for n in self.carried} | {COUNT: self.b.map(sympy.Integer(0))}
 
     def _check_matrix(self) -> None:
         """A decay over (K, V) goes token by token inside a chunk: it needs no factors, but nothing may read in between."""
@@ -371,7 +374,7 @@ class _Derivation:
     def run(self) -> Program:
         b = self.b
         writes = self._writes()
-        carries = [Carry(name, memory, self._next(name, writes)) for name, memory in self.memories.items()]
+        carries = [Carry(name, memory, self._next(name, writes)) for name, memory in self.carried.items()]
         for q in self.c.queries:
             self.values[q.symbol] = self._query(q, writes)
         o = self.lower(self.c.output, ("T", "V"))

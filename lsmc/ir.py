@@ -159,10 +159,11 @@ class Program:
 
     @property
     def counter(self) -> str | None:
-        """The memory of one number, if there is one: how many tokens of a block have been when a chunk begins. The valid
+        """The memory of one number, if one is read: how many tokens of a block have been when a chunk begins. The valid
         rows of a chunk lie in one block."""
-        reverse = {c.inp for c in self.carries if c.reverse}
-        return next((op.attr("name") for op in self.inputs("carry") if op.dims == ("1", "1") and op.id not in reverse), None)
+        reverse, read = {c.inp for c in self.carries if c.reverse}, {a for op in self.ops for a in op.args}
+        return next((op.attr("name") for op in self.inputs("carry")
+                     if op.dims == ("1", "1") and op.id in read and op.id not in reverse), None)
 
     def ancestors(self, roots: Iterable[int], known: Iterable[int] = ()) -> list[Op]:
         """The operations needed for `roots` when the values `known` are given besides those taken, in program order."""

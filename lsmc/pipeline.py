@@ -47,12 +47,14 @@ STAGES: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Options:
-    """What a caller may fix: the factor on q, the chunk length, the schedule by name, and the backend."""
+    """What a caller may fix: the factor on q, the chunk length, the schedule by name, the backend, and whether calls come with
+    no memories (`fresh`), so that blocks begin with the sequence."""
 
     scale: float = 1.0
     chunk: int = CHUNK
     schedule: str | None = None
     target: str = "aten"
+    fresh: bool = False
 
 
 def compile_plan(canonical: Canonical, options: Options, shape: Shape = TYPICAL) -> Plan:
@@ -68,7 +70,8 @@ def compile_plan(canonical: Canonical, options: Options, shape: Shape = TYPICAL)
     if canonical.block is not None:  # blocks are whole chunks, or parts of one
         options = replace(options, chunk=min(options.chunk, canonical.block & -canonical.block))
         shape = replace(shape, chunk=options.chunk)
-    chunk, forward, backward = _programs(canonical, options.scale)
+    fresh = options.fresh and options.chunk == canonical.block
+    chunk, forward, backward = _programs(canonical, options.scale, fresh)
     _log("chunk", forward)
     _log("backward", backward)
     target = able(options.target, chunk)
@@ -89,13 +92,13 @@ def compile_plan(canonical: Canonical, options: Options, shape: Shape = TYPICAL)
 
     _log("schedule", training.choice)
     _log("backward_schedule", last.choice)
-    return Plan(canonical, options.scale, options.chunk, shape, alone, training, last, derive_other)
+    return Plan(canonical, options.scale, options.chunk, fresh, shape, alone, training, last, derive_other)
 
 
 @functools.lru_cache(maxsize=64)
-def _programs(canonical: Canonical, scale: float) -> tuple[Program, Program, Program]:
+def _programs(canonical: Canonical, scale: float, fresh: bool) -> tuple[Program, Program, Program]:
     """The chunk program, and as it is scheduled with its backward program: the same for all sizes and chunk lengths."""
-    chunk = derive(canonical, scale)
+    chunk = derive(canonical, scale, fresh)
     return chunk, hoist(chunk), hoist(differentiate(chunk))
 
 
@@ -109,7 +112,7 @@ def texts(plan: Plan) -> dict[str, str]:
     text: dict[str, Callable[[], object]] = {
         "canonical": lambda: plan.canonical,
         "chunk": lambda: plan.forward.program,
-        "backward": lambda: _programs(plan.canonical, plan.scale)[2],
+        "backward": lambda: _programs(plan.canonical, plan.scale, plan.fresh)[2],
         "schedule": lambda: _measured(plan.training),
         "backward_schedule": lambda: _measured(plan.backward),
         "source": lambda: plan.training.executable.source,

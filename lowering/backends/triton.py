@@ -114,12 +114,14 @@ class _Recorded:
     def __init__(self, run: _Launch) -> None:
         given = [*(f"p_{n}" for n in run.inputs), *(f"i_{c}" for c, m in run.memories.items() if m is not None)]
         given += ["cu", "first", "owner"] if run.packed else []
+        given += ["seen"] if run.led else []
         given += run.taken_as.values()
         results = run.outputs | run.keeps | run.ends
         self.kernels = Recording(run.launched, run.rooms, results.values(), given)
         self.names = [n for r in run.rooms for n, x in results.items() if x is r.tensor]
         self.keeps, self.ends, self.taken = tuple(run.keeps), tuple(run.ends), run.taken_as
-        self.chunk, self.chunks, self.heads, self.parts, self.dtypes = run.chunk, run.chunks, run.heads, run.parts, run.dtypes
+        self.step, self.chunks, self.heads, self.parts, self.dtypes = run.step, run.chunks, run.heads, run.parts, run.dtypes
+        self.counter = run.program.counter if run.led else None
         self.rows = {op.attr("name"): op.dims[1] != "1" for op in run.program.inputs("token", "head")}
 
     def repeat(self, inputs: Mapping[str, Tensor], memories: Mapping[str, Tensor | None],
@@ -128,8 +130,11 @@ class _Recorded:
         given = {f"p_{n}": x for n, x in ready.items()}
         given |= {f"i_{c}": m.contiguous() for c, m in memories.items() if m is not None}
         given |= {argument: inputs[n] for n, argument in self.taken.items()}
+        led = memories[self.counter] if self.counter else None
+        seen = None if led is None else counted(led, self.step)
+        given |= {} if seen is None else {"seen": seen}
         if cu_seqlens is not None:
-            given |= zip(("cu", "first", "owner"), tables(cu_seqlens, self.chunk, self.chunks), strict=True)
+            given |= zip(("cu", "first", "owner"), tables(cu_seqlens, self.step, self.chunks, seen), strict=True)
         made = dict(zip(self.names, self.kernels.repeat(given, next(iter(ready.values())).device), strict=True))
         outputs = finish({n: made[n] for n in self.parts}, inputs, self.parts, self.heads, self.dtypes)
         return outputs | {n: made[n] for n in self.keeps}, {n: made[n] for n in self.ends}
@@ -141,8 +146,7 @@ class _Launch:
     def __init__(self, compiled: Compiled, inputs: Mapping[str, Tensor], memories: Mapping[str, Tensor | None], chunk: int,
                  cu_seqlens: Tensor | None, dtypes: Mapping[str, torch.dtype]) -> None:
         self.compiled, self.program, self.given, self.memories = compiled, compiled.program, inputs, memories
-        self.chunk, self.dtypes = max(chunk, 16), dtypes  # matrix units take 16 rows at least
-        chunk = self.chunk
+        self.step, self.chunk, self.dtypes = chunk, max(chunk, 16), dtypes  # matrix units take 16 rows at least
         self.size: dict[str, int] = {"1": 1}
         self.inputs: dict[str, Tensor] = {}
         self.heads, tokens = 1, None
@@ -164,14 +168,17 @@ class _Launch:
         self.like, self.device = tokens, tokens.device
         self.type = _TYPES[tokens.dtype]
         self.packed = cu_seqlens is not None
-        self.per_sequence = (self.tokens + chunk - 1) // chunk
+        led = memories.get(self.program.counter or "")
+        self.led = led is not None
+        self.seen = tokens if led is None else counted(led, chunk)
+        self.per_sequence = (self.tokens + (1 + self.led) * (chunk - 1)) // chunk
         if cu_seqlens is None:
             self.sequences, self.chunks = self.batch, self.batch * self.per_sequence
             self.cu = self.first = self.owner = tokens
         else:
             self.sequences = cu_seqlens.shape[0] - 1
-            self.chunks = self.tokens // chunk + self.sequences
-            self.cu, self.first, self.owner = tables(cu_seqlens, chunk, self.chunks)
+            self.chunks = self.tokens // chunk + (1 + self.led) * self.sequences
+            self.cu, self.first, self.owner = tables(cu_seqlens, chunk, self.chunks, self.seen if self.led else None)
         self.rooms: list[Room] = []
         self.launched: list[Launched] = []
         self.saved = {f"t_{i}": inputs[n] for n, i in self.program.taken}
@@ -193,7 +200,8 @@ class _Launch:
             return None
         dtypes = " ".join(str(x.dtype).removeprefix("torch.") for x in self.inputs.values())
         shared = any(x.ndim > 2 and x.shape[2] != self.heads for x in self.inputs.values())
-        given = tuple(c.name for c in self.program.carries if self.memories.get(c.name) is not None)
+        names = dict.fromkeys([*(c.name for c in self.program.carries), self.program.counter or ""])
+        given = tuple(n for n in names if self.memories.get(n) is not None)
         return Like(self.compiled.hash, store.rounded(self.sequences * self.heads), store.rounded(self.tokens), key, value,
                     self.chunk, dtypes, shared, given, self.packed)
 
@@ -246,7 +254,8 @@ class _Launch:
             if c.name in k.kernel.saves and part == "combine":
                 args[f"s_{c.name}"] = self.starts[c.name] = self.room((segments, *shape), torch.float32)
             elif c.name in k.kernel.saves:
-                args[f"s_{c.name}"] = self.saved[c.name] = self.room((self.chunks, *shape), self.like.dtype)
+                dtype = self.like.dtype if program.index[c.inp].dims[0] != "1" else torch.float32
+                args[f"s_{c.name}"] = self.saved[c.name] = self.room((self.chunks, *shape), dtype)
         for c in k.loads:
             args[f"s_{c.name}"] = self.saved[c.name]
         for op in k.makes if k.how != "slow" else ():
@@ -270,8 +279,10 @@ class _Launch:
                 self.outputs[name] = self._output(name, op.dims, blocks if name in k.partial else 0)
             args[f"o_{name}"] = self.outputs[name]
         args |= {"SEGMENTS": self.segments} if part else {}
+        args |= {"seen": self.seen, "LED": self.led} if self.program.counter else {}
         args |= {"cu": self.cu, "first": self.first, "owner": self.owner, "B": self.batch, "T": self.tokens, "HV": self.heads,
-                 "COUNT": self.per_sequence, "CHUNKS": self.chunks, "C": self.chunk, "LEVELS": self.chunk.bit_length() - 1,
+                 "COUNT": self.per_sequence, "CHUNKS": self.chunks, "C": self.chunk, "STEP": self.step,
+                 "LEVELS": self.chunk.bit_length() - 1,
                  "K": size.get("K", 1), "V": size.get("V", 1), "PACKED": self.packed,
                  "HOW": 1 if exact or k.how == "slow" else 0 if k.how else 2, "DT": self.type, **plan}
         return units * self.heads * blocks, args
@@ -283,7 +294,7 @@ class _Launch:
         parts = (blocks,) if blocks else ()
         self.parts[name] = blocks
         if dims[0] != "T":
-            return self.room((*parts, self.chunks, self.heads, *last), torch.float32, zero=self.packed)
+            return self.room((*parts, self.chunks, self.heads, *last), torch.float32, zero=self.packed or self.led)
         dtype = self.dtypes.get(name, self.like.dtype if source is None else source.dtype)
         if blocks or source is not None and source.shape[2] != self.heads:
             dtype = torch.float32
@@ -306,10 +317,15 @@ def _rows(x: Tensor, wide: bool) -> Tensor:
     return x if not wide or x.stride(-1) == 1 else x.contiguous()
 
 
-def tables(cu_seqlens: Tensor, chunk: int, chunks: int) -> tuple[Tensor, Tensor, Tensor]:
+def counted(memory: Tensor, chunk: int) -> Tensor:
+    """Rows of a chunk that come before each sequence's first token, from the memory that counts the tokens of a block."""
+    return memory[:, 0, 0, 0].round().to(torch.int32) % chunk  # the same in all heads
+
+
+def tables(cu_seqlens: Tensor, chunk: int, chunks: int, seen: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Where packed sequences begin, their first chunks, and the sequence of each chunk (−1 for none), made on the device:
-    nothing waits for it."""
-    counts = (cu_seqlens.diff() + chunk - 1) // chunk
+    nothing waits for it. `seen` rows of a sequence's first chunk come before it."""
+    counts = (cu_seqlens.diff() + (0 if seen is None else seen) + chunk - 1) // chunk
     ends = counts.cumsum(0)
     owner = torch.searchsorted(ends, torch.arange(chunks, device=cu_seqlens.device).to(ends.dtype), right=True)
     owner = torch.where(owner < counts.shape[0], owner, -1).to(torch.int32)

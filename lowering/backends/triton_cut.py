@@ -112,6 +112,8 @@ def shares(program: Program, body: Iterable[Op], dim: str) -> set[int] | None:
     out: set[int] = set()
     for op in body:
         parts = [a for a in op.args if a in out]
+        if op.kind == "rename" and dim in (*op.dims, *program.index[op.args[0]].dims):  # one block of it is no block of the other
+            return None
         if dim in contracts(program, op):
             if parts or op.kind not in ("matmul", "sum"):
                 return None
@@ -148,7 +150,8 @@ def _loop(program: Program, body: Iterable[Op]) -> str | None:
     body = list(body)
     for dim in ("K", "V"):
         sums = [op for op in body if dim in contracts(program, op)]
-        if any(dim in op.dims for op in body) and all(op.kind in ("matmul", "sum", "form") for op in sums):
+        renames = any(op.kind == "rename" for op in body)
+        if not renames and any(dim in op.dims for op in body) and all(op.kind in ("matmul", "sum", "form") for op in sums):
             return dim
     return None
 

@@ -281,8 +281,10 @@ class _Writer:
         args += [f"s_{c.name}" for c in self.loads]
         args += [f"t_{op.id}" for op in (*self.makes, *self.takes)]
         args += ["_flags"] if self.how else []
+        args += ["seen"] * bool(self.program.counter)
         args += ["cu", "first", "owner", "B", "T", "HV", "COUNT", "CHUNKS", *["SEGMENTS"] * bool(self.kernel.part)]
-        args += [f"{n}: tl.constexpr" for n in ("C", "LEVELS", "K", "V", "BK", "BV", "PACKED", "HOW", "DT")]
+        args += [f"{n}: tl.constexpr" for n in ("C", "STEP", "LEVELS", "K", "V", "BK", "BV", "PACKED", "HOW", "DT")]
+        args += ["LED: tl.constexpr"] * bool(self.program.counter)
         args += [f"HAS_{c.name}: tl.constexpr" for c in self.carries]
         rows, row = [], "    "
         for a in args:
@@ -317,7 +319,7 @@ class _Writer:
         if self.kernel.part == "combine":  # the segments are what the chunks of other scans are
             w("place = unit.to(tl.int64) * SEGMENTS")
             w("count = SEGMENTS")
-            w("length = SEGMENTS * C")
+            w("length = SEGMENTS * STEP")
         elif scan:
             w("seq = unit // SEGMENTS" if self.kernel.part else "seq = unit")
             w("if PACKED:")
@@ -330,7 +332,8 @@ class _Writer:
             w("    length = T")
             w("    batch = seq.to(tl.int64)")
             w("    place = seq.to(tl.int64) * COUNT")
-            w("count = (length + C - 1) // C")
+            self._skip()
+            w(f"count = (length{' + skip' * bool(self.program.counter)} + STEP - 1) // STEP")
             if self.kernel.part:
                 w("span = (count + SEGMENTS - 1) // SEGMENTS")
                 w("low = tl.minimum(unit % SEGMENTS * span, count)")
@@ -352,6 +355,11 @@ class _Writer:
             w("    length = T")
             w("    batch = seq.to(tl.int64)")
             w("    place = seq.to(tl.int64) * COUNT")
+            self._skip()
+            if self.program.counter:
+                w("if LED:")
+                w("    if chunk >= (length + skip + STEP - 1) // STEP:")
+                w("        return")
         for op in self.inputs:
             n = op.attr("name")
             if op.attr("role") == "token":
@@ -360,6 +368,11 @@ class _Writer:
                 self._op(op)
                 self._loaded(op.id)
                 self.f(op.id)
+
+    def _skip(self) -> None:
+        """How many tokens of its block came before the sequence: rows of its first chunk that are left out."""
+        if self.program.counter:
+            self.line("skip = tl.load(seen + seq) if LED else 0")
 
     def _indices(self, d: str) -> None:
         start = "block * B" + d + " + " if self.split == d else ""
@@ -371,7 +384,8 @@ class _Writer:
     def _memory(self, c: Carry) -> tuple[str, str, str]:
         """Offsets, mask and elements of a memory's tile."""
         r, k = self.program.index[c.inp].dims
-        offset = f"r{r} * {k} + c{k}" if k != "1" else f"r{r}"
+        parts = [f"r{r} * {k}" if k != "1" else f"r{r}"] * (r != "1") + [f"c{k}"] * (k != "1")
+        offset = " + ".join(parts) or "tl.zeros([1, 1], tl.int32)"
         elements = f"{r} * {k}" if k != "1" else r
         return offset, self._pad((r, k)), elements
 
@@ -380,7 +394,7 @@ class _Writer:
         r, k = self.program.index[c.inp].dims
         self.line(f"at_{c.name} = (unit.to(tl.int64) * HV + head) * ({elements})")
         self.line(f"if HAS_{c.name}:")
-        self.line(f"    m_{c.name} = tl.load(i_{c.name} + at_{c.name} + {offset}, mask={mask}, other=0.0).to(tl.float32)")
+        self.line(f"    m_{c.name} = tl.load(i_{c.name} + at_{c.name} + {offset}{_masked(mask)}).to(tl.float32)")
         self.line("else:")
         if c.name.endswith(FACTOR):
             one = f"{mask}{' & (rK == cV)' if self.kernel.part == 'factor' else ''}"
@@ -394,8 +408,14 @@ class _Writer:
 
     def _chunk(self) -> None:
         w = self.line
-        w("time = chunk * C")
+        led = bool(self.program.counter)
+        w("time = chunk * STEP" + " - skip" * led)
         w("rows = row < (length - time)")
+        w("if STEP < C:")
+        w("    rows = rows & (row < STEP)")
+        if led:
+            w("if LED:")
+            w("    rows = rows & (row >= -time)")
         w("saved = (place + chunk) * HV + head")
         for c in self.carries:
             offset, mask, elements = self._memory(c)
@@ -610,7 +630,7 @@ class _Writer:
         for i in [j for a in op.args for j in self.scaled.get(a) or self.traced.get(a) or (a,)]:
             if i in self.piece.known and i not in self.done:
                 at, mask = self._tile(self.program.index[i])
-                self.line(f"{self.v(i)} = tl.load({at}, mask={mask}{'' if mask == 'None' else ', other=0.0'})")
+                self.line(f"{self.v(i)} = tl.load({at}{_masked(mask)})")
                 self._loaded(i)
         name = self.v(op.id)
         self.plain[op.id] = name
@@ -625,6 +645,8 @@ class _Writer:
                 self._keep(op, (d for d in op.dims if d in "KV" and d not in source))
             case "transpose":
                 self.line(f"{name} = tl.trans({self.f(op.args[0])})")
+            case "rename":
+                self._same(op.id, op.args[0])
             case "matmul":
                 self._matmul(op)
             case "sum" if op.args[0] in self.traced:
@@ -693,7 +715,7 @@ class _Writer:
         if op.attr("role") == "carry":
             c = next(c for c in self.loads if c.inp == op.id)
             offset, mask, elements = self._memory(c)
-            self.line(f"{self.v(op.id)} = tl.load(s_{c.name} + saved * ({elements}) + {offset}, mask={mask}, other=0.0)")
+            self.line(f"{self.v(op.id)} = tl.load(s_{c.name} + saved * ({elements}) + {offset}{_masked(mask)})")
         elif op.attr("role") == "head":
             n, k = op.attr("name"), op.dims[1]
             at, mask = (f" + c{k}", f", mask=inc{k}, other=0.0") if k != "1" else (" + tl.zeros([1, 1], tl.int32)", "")
@@ -769,6 +791,11 @@ class _Writer:
             self.line(f"{self.v(op.id)} = form_gate({a}, {tail})")
         else:
             self.line(f"{self.v(op.id)} = form_{op.attr('wrt').lower()}({a}, {tail})")
+
+
+def _masked(mask: str) -> str:
+    """What a load says of elements that are left out."""
+    return "" if mask == "None" else f", mask={mask}, other=0.0"
 
 
 def _group_forms(body: list[Op]) -> dict[int, tuple[int, int]]:

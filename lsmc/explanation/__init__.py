@@ -50,7 +50,7 @@ class Explanation:
 def explain(declaration: LSM, *, scale: float = 1.0, chunk: int = CHUNK, schedule: str | None = None,
             target: str = "triton", shape: Shape | None = None) -> Explanation:
     """How a declaration is compiled, stage by stage; `target` is "triton" or "aten", `shape` what schedules are ranked at."""
-    options = Options(scale=scale, chunk=chunk, schedule=schedule, target=target)
+    options = Options(scale=scale, chunk=chunk, schedule=schedule, target=target, fresh=True)
     plan = compile_plan(declaration.canonical, options, replace(shape or TYPICAL, chunk=chunk))
     return Explanation(declaration, plan, {"declaration": repr(declaration), **texts(plan)})
 
