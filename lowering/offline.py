@@ -64,15 +64,16 @@ def resource(compiled: Compiled, k: Emitted, key: int, value: int, chunk: int, d
     value = key if k.kernel.part == "factor" else value
     options = {o: plan.pop(o) for o in ("num_warps", "num_stages")}
     rows = max(chunk, 16)
-    constants: dict[str, Any] = {"C": rows, "STEP": chunk, "LEVELS": rows.bit_length() - 1, "LED": False, "K": key, "V": value, "PACKED": False,
+    constants: dict[str, Any] = {"C": rows, "STEP": chunk, "LEVELS": rows.bit_length() - 1, "K": key, "V": value, "PACKED": False,
                                  "HOW": {"first": 0, "fast": 0, "slow": 1}.get(k.how, 2),
                                  "DT": types[dtype], **plan}
+    constants |= {"LED": False} if "LED" in function.arg_names else {}
     narrow = {f"s_{c.name}" for c in (*k.carries, *k.loads) if compiled.program.index[c.inp].dims[0] == "1"} if not k.kernel.part else set()
     signature: dict[str, str] = {}
     attrs: dict[tuple[int, ...], list[list[Any]]] = {}
     for i, name in enumerate(function.arg_names):
         if name.startswith("HAS_"):
-            constants[name] = True
+            constants[name] = os.environ.get("HAS","1")=="1"
         if name in constants:
             signature[name] = "constexpr"
             continue

@@ -123,7 +123,8 @@ def fwd(inputs: Sequence[Tensor], start: Sequence[Tensor], cu_seqlens: Tensor | 
 @triton_op("lsmc::bwd", mutates_args={})
 def bwd(inputs: Sequence[Tensor], start: Sequence[Tensor], cu_seqlens: Tensor | None, d_o: Tensor,
         d_end: Sequence[Tensor], kept: Sequence[Tensor], spec: str) -> list[Tensor]:
-    """Gradients of `inputs`, then of the initial memories; where nothing was `kept` it is worked out again."""
+    """Gradients of `inputs`, then of the initial memories; where nothing was `kept` it is worked out again. A cotangent in `d_end`
+    that has no elements is zero, where the backend needs no memories."""
     plan = plan_of(spec)
     if d_o.shape[0] * d_o.shape[1] == 0:
         return [*(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs), *map(_own, d_end)]
@@ -135,7 +136,7 @@ def bwd(inputs: Sequence[Tensor], start: Sequence[Tensor], cu_seqlens: Tensor | 
     taken = {"d_o": d_o, **dict(zip(plan.inputs, inputs, strict=True)), **dict(zip(keeps, kept, strict=True))}
     program = plan.backward.program
     used = {*(c.name for c in program.carries), program.counter}
-    memories = {n: x for n, x in memories.items() if n in used}
+    memories = {n: x for n, x in memories.items() if n in used and x.numel()}
     with _as_given(d_o.device):
         outputs, ends = plan.backward.executable.launch(taken, memories, plan.chunk, cu_seqlens)
     grads, own = [], _contiguous if plan.backward.executable.fresh else _own
@@ -186,7 +187,9 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     if d_o is None:
         size = extents(plan_of(ctx.spec), tensors, start)
         d_o = size.like.new_zeros(size.output)
-    d_end = [tensors[0].new_zeros(s, dtype=t) if d is None else d for d, (s, t) in zip(d_end, ctx.ends, strict=True)]
+    zeros = plan_of(ctx.spec).backward.executable.needs_memories or d_o.shape[0] * d_o.shape[1] == 0
+    d_end = [tensors[0].new_zeros(s if zeros else (0,), dtype=t) if d is None else d
+             for d, (s, t) in zip(d_end, ctx.ends, strict=True)]
     out = bwd(tensors, start, cu_seqlens, d_o, d_end, kept, ctx.spec)
     return out[:n], (out[n:] if m else []), None, None
 

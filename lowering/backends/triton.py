@@ -16,7 +16,7 @@ from lsmc.affine import FACTOR, PART
 from lsmc.ir import Dims, Program
 from lsmc.lowering import kernels, ptxas
 from lsmc.lowering.backends import triton_tiles
-from lsmc.lowering.backends.triton_cut import WIDE
+from lsmc.lowering.backends.triton_cut import WIDE, brief
 from lsmc.lowering.backends.triton_emit import Emitted, emit
 from lsmc.lowering.backends.triton_record import Launched, Likeness, Recording, Room, likeness, recordable
 from lsmc.lowering.backends.triton_sums import gather
@@ -257,7 +257,11 @@ class _Launch:
                 dtype = self.like.dtype if program.index[c.inp].dims[0] != "1" else torch.float32
                 args[f"s_{c.name}"] = self.saved[c.name] = self.room((self.chunks, *shape), dtype)
         for c in k.loads:
-            args[f"s_{c.name}"] = self.saved[c.name]
+            if brief(self.program, c):
+                m = self.memories.get(c.name)
+                args |= {f"i_{c.name}": self.like if m is None else m.contiguous(), f"HAS_{c.name}": m is not None}
+            else:
+                args[f"s_{c.name}"] = self.saved[c.name]
         for op in k.makes if k.how != "slow" else ():
             rows, last = (self.chunk if d == "T" else self.size[d] for d in op.dims)
             dtype = self.like.dtype if op.dims[0] == "T" and op.dims[1] != "1" else torch.float32
@@ -354,5 +358,6 @@ def plan_of(k: Emitted, key: int, value: int, sequences: int, chunk: int) -> Pla
     size = {"K": max(16, triton.next_power_of_2(key)), "V": max(16, triton.next_power_of_2(value))}
     if k.split:
         size[k.split] = min(size[k.split], k.block if k.scan or ptxas.sound() else max(k.block, WIDE))
-    warps = 8 if k.kernel.part == "combine" else 4  # exact products of a K×K matrix take the registers of eight
+    whole = bool(k.carries) and k.split is None
+    warps = 8 if whole or k.kernel.part == "combine" else 4  # memories, or exact products, of all columns take the registers of eight
     return {"BK": size["K"], "BV": size["V"], "num_warps": warps, "num_stages": 2 if k.scan or k.inner else 1}

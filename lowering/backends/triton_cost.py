@@ -9,7 +9,7 @@ import functools
 from dataclasses import dataclass
 
 from lsmc.ir import Op, Program
-from lsmc.lowering.backends.triton_cut import Piece, block, pieces
+from lsmc.lowering.backends.triton_cut import Piece, block, brief, pieces
 from lsmc.lowering.backends.triton_sums import gather
 from lsmc.schedules import Schedule, Shape
 from lsmc.schedules.order import order, peak
@@ -54,12 +54,13 @@ def predict(program: Program, schedule: Schedule, kernel: str, shape: Shape, tar
     return _piece(p.kernel.of(program), p, shape, target, columns, warps).seconds
 
 
-def _piece(program: Program, p: Piece, s: Shape, target: Target, columns: int | None = None, warps: int = 4) -> Estimate:
+def _piece(program: Program, p: Piece, s: Shape, target: Target, columns: int | None = None, warps: int | None = None) -> Estimate:
     """`columns` of the split dimension and `warps` for each program, where not the default ones; `program` is the kernel's."""
     part, n = p.kernel.part, count(s.sequences, s.chunks, target.units) if p.kernel.part else 1
     ends = p.roots(program)
     body = program.ancestors(ends, p.known)
     extent = {"T": s.chunk, "K": s.key, "V": s.key if part == "factor" else s.value, "1": 1}
+    warps = warps or (8 if p.kernel.carries and p.split is None else 4)
     blocks = 1
     if p.split:
         columns = min(columns or block(program, p), extent[p.split])
@@ -73,7 +74,8 @@ def _piece(program: Program, p: Piece, s: Shape, target: Target, columns: int | 
     elements = sum(size(op) for op in body if op.kind in ("map", "between", "mask", "sum"))
     taken = {a for op in body for a in op.args} & p.known
     width = 4 if part == "combine" else s.element_bytes
-    moved = sum(size(op) * width for op in body if op.kind == "input" and op.id not in p.kernel.own(program))
+    own = p.kernel.own(program) | {c.inp for c in program.carries if brief(program, c)}
+    moved = sum(size(op) * width for op in body if op.kind == "input" and op.id not in own)
     moved += sum(size(program.index[i]) * s.element_bytes for i in (*taken, *p.makes))
     moved += sum(size(program.index[i]) * s.element_bytes for n, i in program.outputs if n in p.kernel.stores)
     moved += sum(size(program.index[c.inp]) * width for c in program.carries if c.name in p.kernel.saves)

@@ -11,7 +11,7 @@ import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from lsmc.ir import Op, Program, operand
+from lsmc.ir import Carry, Op, Program, operand
 from lsmc.keep import cotangents
 from lsmc.schedules import Kernel, Schedule
 from lsmc.schedules.order import order, peak
@@ -57,6 +57,15 @@ def roots(program: Program, kernel: Kernel) -> list[int]:
     """What a kernel leaves behind: its stores and, if it scans, its memories."""
     out = [i for n, i in program.outputs if n in kernel.stores]
     return out + [i for c in program.carries if c.name in kernel.carries for i in (c.out, c.inp)]
+
+
+def brief(program: Program, carry: Carry) -> bool:
+    """Whether a memory is zero after any chunk, as the cotangent is of what only the end of a sequence gives: kernels read it
+    where it starts, and hold nothing."""
+    op = program.index[carry.out]
+    while op.kind == "expand":
+        op = program.index[op.args[0]]
+    return carry.reverse and op.kind == "map" and op.attr("expr") == 0
 
 
 def costly(program: Program, schedule: Schedule) -> set[int]:
@@ -222,7 +231,9 @@ def _settled(program: Program, kernels: tuple[Kernel, ...]) -> list[Kernel]:
     for i, k in enumerate(kernels):
         for n in k.stores:
             stores[next((e.name for e in kernels[:i] if made[n] in through(program, e)), k.name)].append(n)
-    return [replace(k, stores=tuple(stores[k.name])) for k in kernels if k.carries or stores[k.name]]
+    gone = {c.name for c in program.carries if brief(program, c)}
+    return [replace(k, stores=tuple(stores[k.name]), saves=tuple(s for s in k.saves if s not in gone))
+            for k in kernels if k.carries or stores[k.name]]
 
 
 def _taken(program: Program, piece: Piece) -> set[int]:

@@ -18,7 +18,7 @@ from lsmc.affine import FACTOR
 from lsmc.factors import factor
 from lsmc.functions import FUNCTIONS
 from lsmc.ir import Carry, Dims, Op, Program, operand
-from lsmc.lowering.backends.triton_cut import Piece, block, contracts, phases, pieces, shares
+from lsmc.lowering.backends.triton_cut import Piece, block, brief, contracts, phases, pieces, shares
 from lsmc.lowering.backends.triton_mild import mild
 from lsmc.lowering.kernels import digest
 from lsmc.schedules import Kernel, Schedule
@@ -278,14 +278,15 @@ class _Writer:
         args += [f"o_{n}" for n, _ in self.stores]
         for c in self.carries:
             args += [f"i_{c.name}", f"e_{c.name}", *([f"s_{c.name}"] * (c.name in self.kernel.saves))]
-        args += [f"s_{c.name}" for c in self.loads]
+        gone = [c for c in self.loads if brief(self.program, c)]
+        args += [f"{'i' if c in gone else 's'}_{c.name}" for c in self.loads]
         args += [f"t_{op.id}" for op in (*self.makes, *self.takes)]
         args += ["_flags"] if self.how else []
         args += ["seen"] * bool(self.program.counter)
         args += ["cu", "first", "owner", "B", "T", "HV", "COUNT", "CHUNKS", *["SEGMENTS"] * bool(self.kernel.part)]
         args += [f"{n}: tl.constexpr" for n in ("C", "STEP", "LEVELS", "K", "V", "BK", "BV", "PACKED", "HOW", "DT")]
         args += ["LED: tl.constexpr"] * bool(self.program.counter)
-        args += [f"HAS_{c.name}: tl.constexpr" for c in self.carries]
+        args += [f"HAS_{c.name}: tl.constexpr" for c in (*self.carries, *gone)]
         rows, row = [], "    "
         for a in args:
             if len(row) + len(a) > 108:
@@ -393,6 +394,8 @@ class _Writer:
         offset, mask, elements = self._memory(c)
         r, k = self.program.index[c.inp].dims
         self.line(f"at_{c.name} = (unit.to(tl.int64) * HV + head) * ({elements})")
+        if brief(self.program, c):
+            return
         self.line(f"if HAS_{c.name}:")
         self.line(f"    m_{c.name} = tl.load(i_{c.name} + at_{c.name} + {offset}{_masked(mask)}).to(tl.float32)")
         self.line("else:")
@@ -404,7 +407,18 @@ class _Writer:
 
     def _end(self, c: Carry) -> None:
         offset, mask, _ = self._memory(c)
-        self.line(f"tl.store(e_{c.name} + at_{c.name} + {offset}, m_{c.name}, mask={mask})")
+        value = self._where_it_starts(c, "count == 0") if brief(self.program, c) else f"m_{c.name}"
+        self.line(f"tl.store(e_{c.name} + at_{c.name} + {offset}, {value}, mask={mask})")
+
+    def _where_it_starts(self, c: Carry, here: str) -> str:
+        """A brief memory, which is zero unless `here` holds."""
+        offset, mask, _ = self._memory(c)
+        there = f"({here})" + (f" & {mask}" if mask != "None" else " & tl.full([1, 1], True, tl.int1)")
+        r, k = self.program.index[c.inp].dims
+        self.line(f"m_{c.name} = tl.zeros([{SIZE[r]}, {SIZE[k]}], tl.float32)")
+        self.line(f"if HAS_{c.name}:")
+        self.line(f"    m_{c.name} = tl.load(i_{c.name} + at_{c.name} + {offset}, mask={there}, other=0.0).to(tl.float32)")
+        return f"m_{c.name}"
 
     def _chunk(self) -> None:
         w = self.line
@@ -422,6 +436,8 @@ class _Writer:
             if c.name in self.kernel.saves:
                 w(f"tl.store(s_{c.name} + saved * ({elements}) + {offset}, "
                   f"m_{c.name}.to(s_{c.name}.dtype.element_ty), mask={mask})")
+            if brief(self.program, c):
+                self._where_it_starts(c, "step == 0")
             w(f"v{c.inp} = m_{c.name}")
             self.plain[c.inp] = self.cast[c.inp, "f"] = f"v{c.inp}"
             self.done.add(c.inp)
@@ -439,7 +455,8 @@ class _Writer:
             self.indent += 1
         self._values()
         for c in self.carries:
-            w(f"m_{c.name} = {self.f(c.out)}")
+            if not brief(self.program, c):
+                w(f"m_{c.name} = {self.f(c.out)}")
 
     def _continue(self, other: _Writer) -> None:
         """Write the values in a branch of another kernel, from what is there."""
@@ -715,6 +732,10 @@ class _Writer:
         if op.attr("role") == "carry":
             c = next(c for c in self.loads if c.inp == op.id)
             offset, mask, elements = self._memory(c)
+            if brief(self.program, c):
+                self.line(f"at_{c.name} = (seq.to(tl.int64) * HV + head) * ({elements})")
+                self.line(f"{self.v(op.id)} = {self._where_it_starts(c, 'chunk == (length + STEP - 1) // STEP - 1')}")
+                return
             self.line(f"{self.v(op.id)} = tl.load(s_{c.name} + saved * ({elements}) + {offset}{_masked(mask)})")
         elif op.attr("role") == "head":
             n, k = op.attr("name"), op.dims[1]
