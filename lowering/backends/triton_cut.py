@@ -8,6 +8,7 @@ Stores that are clean along different dimensions part into different pieces, so 
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -97,8 +98,33 @@ def costly(program: Program, schedule: Schedule) -> set[int]:
             if op.id not in free or op.kind == "matmul":
                 out |= {a for a in op.args if a in dear and own.index[a].dims not in (("K", "V"), ("V", "K"))}
     memories = {c.inp for c in program.carries}
+    out |= _outside(program, schedule)
     out |= {i for i in _kept(program) if not memories & {op.id for op in program.ancestors([i])}}
     return out - {i for _, i in program.outputs}
+
+
+def _outside(program: Program, schedule: Schedule) -> set[int]:
+    """What a reverse scan that one program walks through for all columns would compute without its own memories: products with
+    memories that the forward kept and what follows from them, which all chunks can do at once."""
+    given, out = {i for _, i in program.taken}, set[int]()
+    memories = {c.inp for c in program.carries}
+    for k in schedule.kernels if given else ():
+        if not k.reverse(program) or not alone(program, k):
+            continue
+        moved, products = set(memories), set(given)
+        for op in program.ancestors(roots(program, replace(k, stores=())), given):
+            if moved & set(op.args):
+                moved.add(op.id)
+            elif op.dims[0] == "T" and (products & set(op.args) or op.kind == "matmul" and "1" not in op.dims):
+                products.add(op.id)
+            if op.id not in products:
+                out |= {a for a in op.args if a in products}
+    return out - given
+
+
+def alone(program: Program, k: Kernel) -> bool:
+    """Whether one program has to walk through a sequence with all columns of the memories."""
+    return bool(k.carries) and not splits(program, replace(k, stores=()), [i for _, i in program.taken])
 
 
 def _kept(program: Program) -> set[int]:
@@ -119,10 +145,12 @@ def passed(program: Program, schedule: Schedule) -> set[int]:
 def shares(program: Program, body: Iterable[Op], dim: str) -> set[int] | None:
     """The values of `body` that are sums of what the blocks of `dim` hold; None where such a sum is used otherwise."""
     out: set[int] = set()
+    made = defaultdict[int, bool](bool)
     for op in body:
+        made[op.id] = op.kind != "input"
         parts = [a for a in op.args if a in out]
-        if op.kind == "rename" and dim in (*op.dims, *program.index[op.args[0]].dims):  # one block of it is no block of the other
-            return None
+        if op.kind == "rename" and made[op.args[0]] and dim in (*op.dims, *program.index[op.args[0]].dims):
+            return None  # one block is no block of the other, but in memory
         if dim in contracts(program, op):
             if parts or op.kind not in ("matmul", "sum"):
                 return None
@@ -248,9 +276,14 @@ def through(program: Program, k: Kernel) -> set[int]:
     body = program.ancestors(roots(program, replace(k, stores=()))) if k.carries and k.whole else []
     inside = {c.inp for c in program.carries if c.name in k.carries}
     out = set[int]()
+    whole = bool(body) and alone(program, k)
     for op in body:
         if inside & set(op.args):
             inside.add(op.id)
+            if whole:
+                out |= {a for a in op.args if a in inside and program.index[a].dims == ("T", "V") and op.dims == ("K", "V")}
+            if whole and not (op.kind == "matmul" and contracts(program, op) == {"K"}):  # made again: it is elementwise
+                continue
             scaled = op.kind == "map" and all(a in out or program.index[a].dims == ("1", "1") for a in op.args)
             if op.dims == ("T", "V") and not scaled:
                 out.add(op.id)

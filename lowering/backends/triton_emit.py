@@ -92,8 +92,8 @@ def emit(program: Program, schedule: Schedule, flagged: bool = False) -> tuple[s
 class _Expression:
     """Prints elementwise expressions as statements on named values; equal subexpressions are computed once."""
 
-    def __init__(self, prefix: str, names: list[str]) -> None:
-        self.prefix, self.lines = prefix, list[str]()
+    def __init__(self, prefix: str, names: list[str], columns: Iterable[sympy.Symbol] = ()) -> None:
+        self.prefix, self.lines, self.columns = prefix, list[str](), set(columns)
         self.known: dict[sympy.Basic, str] = {sympy.Symbol(f"x{i}", real=True): n for i, n in enumerate(names)}
 
     def __call__(self, e: sympy.Basic) -> str:
@@ -109,11 +109,17 @@ class _Expression:
         if e.is_Add:
             return " + ".join(self(a) for a in e.args)
         if e.is_Mul:
+            narrow = [a for a in e.args if a.free_symbols <= self.columns]
+            if len(narrow) < len(e.args) and any(a.is_Pow and a.exp.is_negative for a in narrow):  # a division for each row
+                return " * ".join(self(a) for a in (sympy.Mul(*narrow), *(a for a in e.args if a not in narrow)))
             top = [a for a in e.args if not (a.is_Pow and a.exp == -1)]
             bottom = [a.base for a in e.args if a.is_Pow and a.exp == -1]
             text = " * ".join(self(a) for a in top) or "1.0"
             return f"({text}) / ({' * '.join(self(a) for a in bottom)})" if bottom else text
         if e.is_Pow:
+            odd = 2 * abs(e.exp)
+            if odd.is_Integer and odd % 2 and 1 < odd <= 8:
+                return " * ".join([self(sympy.Pow(e.base, sympy.sign(e.exp) / 2))] * int(odd))
             return self._power(self(e.base), e.exp)
         name = type(e).__name__
         if name == "exp":
@@ -644,7 +650,7 @@ class _Writer:
     def _op(self, op: Op) -> None:
         if op.id in self.scaled or op.id in self.traced:
             return
-        for i in [j for a in op.args for j in self.scaled.get(a) or self.traced.get(a) or (a,)]:
+        for i in [j for a in op.args if op.kind != "rename" for j in self.scaled.get(a) or self.traced.get(a) or (a,)]:
             if i in self.piece.known and i not in self.done:
                 at, mask = self._tile(self.program.index[i])
                 self.line(f"{self.v(i)} = tl.load({at}{_masked(mask)})")
@@ -662,6 +668,12 @@ class _Writer:
                 self._keep(op, (d for d in op.dims if d in "KV" and d not in source))
             case "transpose":
                 self.line(f"{name} = tl.trans({self.f(op.args[0])})")
+            case "rename" if op.args[0] in self.piece.known:
+                at, mask = self._tile(replace(self.program.index[op.args[0]], dims=op.dims))
+                self.line(f"{name} = tl.load({at}{_masked(mask)}).to(tl.float32)")
+            case "rename" if self.program.index[op.args[0]].kind == "input":
+                self._load(replace(self.program.index[op.args[0]], id=op.id, dims=op.dims))
+                self.line(f"{name} = {name}.to(tl.float32)")
             case "rename":
                 self._same(op.id, op.args[0])
             case "matmul":
@@ -753,7 +765,8 @@ class _Writer:
             if alone != 0:
                 expr = sympy.expand(expr - alone) + sympy.Symbol("lead") * alone
         name = self.v(op.id)
-        p = _Expression(f"w{op.id}{self.suffix}", [self.f(i) for i in op.args])
+        columns = [operand(n) for n, i in enumerate(op.args) if self.program.index[i].dims[1] == "1" != op.dims[1]]
+        p = _Expression(f"w{op.id}{self.suffix}", [self.f(i) for i in op.args], columns)
         p.known[sympy.Symbol("lead")] = "lead"
         text = p(expr)
         for line in p.lines:
@@ -762,7 +775,7 @@ class _Writer:
         symbols = {operand(i): self.program.index[j].dims for i, j in enumerate(op.args)}
         self._keep(op, [d for d in op.dims if d in "KV"
                         and expr.xreplace({s: sympy.Integer(0) for s, dims in symbols.items() if d in dims}) != 0])
-        zero = {s: sympy.Integer(0) for s in symbols}
+        zero = {s: sympy.Integer(0) for s, dims in symbols.items() if dims[0] == "T"}
         risky = any(q.exp.is_negative and q.base.xreplace(zero) == 0 for q in expr.atoms(sympy.Pow))
         if op.dims[0] == "T" and (risky or any(type(f).__name__ == "log" for f in expr.atoms(sympy.Function))):
             self.line(f"{name} = tl.where(rows, {name}, 0.0)")

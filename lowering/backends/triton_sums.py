@@ -8,6 +8,7 @@ sum of 16-bit inputs keeps 15 bits of each summand, so little is lost that was t
 from __future__ import annotations
 
 import functools
+from collections import Counter, defaultdict
 
 import sympy
 
@@ -24,12 +25,22 @@ def _gather(program: Program, terms: tuple[tuple[str, int], ...]) -> Program:
     """Equal programs whose terms have other names are kept apart."""
     b = Builder()
     new: dict[int, int] = {}
+    users, once = Counter(a for op in program.ops for a in op.args), defaultdict[int, bool](bool)
+    users.update(i for c in program.carries for i in (c.inp, c.out))
+    users.update(i for _, i in (*program.outputs, *program.kept, *program.taken))
     products = {(op.args, op.attr("tb")) for op in program.ops if op.kind == "matmul" and not op.attr("ta")}
     for op in program.ops:
         args = [new[a] for a in op.args]
         if op.kind == "sum" and op.attr("axis") == 1 and op.dims[0] == "T":
             known = {((new[x], new[y]), tb) for (x, y), tb in products if x in new and y in new}
             new[op.id] = row_sum(b, args[0], known)
+        elif op.kind == "map" and op.dims in (("T", "1"), ("1", "V")) and plain_sum(op):
+            new[op.id] = b.add(*_summed_once(b, [a for a, x in zip(args, op.args, strict=True) if users[x] == 1]),
+                               *(a for a, x in zip(args, op.args, strict=True) if users[x] != 1))
+        elif op.kind == "map" and op.dims == ("K", "V") and plain_sum(op):  # products last: matrix units add to what is there
+            terms = [t for a in args for t in (b.ops[a].args if once[a] and plain_sum(b.ops[a]) else (a,))]
+            new[op.id] = b.add(*sorted(terms, key=lambda t: b.ops[t].kind == "matmul"))
+            once[new[op.id]] = users[op.id] == 1
         elif op.kind == "map":
             new[op.id] = plain_sum(op) and together(b, args) or b.map(op.attr("expr"), *args)
         else:
@@ -62,6 +73,19 @@ def row_sum(b: Builder, a: int, products: set[tuple[tuple[int, int], bool]]) -> 
     if not outside and number == 1:
         return total
     return b.map(sympy.Mul(number, *(operand(i) for i in range(len(outside) + 1))), *outside, total)
+
+
+def _summed_once(b: Builder, args: list[int]) -> list[int]:
+    """Values with the same sum, in which what is summed over V, or its rows, is added before."""
+    out, sums = list[int](), dict[int, list[int]]()
+    for a in args:
+        op = b.ops[a]
+        inner = b.ops[op.args[0]] if op.kind == "sum" else op
+        if op.kind == "sum" and inner.dims == ("T", "V") and len(product(b, inner.id)[1]) == 1:
+            sums.setdefault(op.attr("axis"), []).append(inner.id)
+        else:
+            out.append(a)
+    return out + [b.sum(b.add(*inner), axis) for axis, inner in sums.items()]
 
 
 def plain_sum(op: Op) -> bool:
