@@ -68,16 +68,17 @@ def resource(compiled: Compiled, k: Emitted, key: int, value: int, chunk: int, d
                                  "HOW": {"first": 0, "fast": 0, "slow": 1}.get(k.how, 2),
                                  "DT": types[dtype], **plan}
     constants |= {"LED": False} if "LED" in function.arg_names else {}
-    narrow = {f"s_{c.name}" for c in (*k.carries, *k.loads) if compiled.program.index[c.inp].dims[0] == "1"} if not k.kernel.part else set()
+    exact = {f"s_{c.name}" for c in (*k.carries, *k.loads) if k.kernel.part == "combine" or k.kernel.of(compiled.program).index[
+        c.inp].dims[0] == "1"}
     signature: dict[str, str] = {}
     attrs: dict[tuple[int, ...], list[list[Any]]] = {}
     for i, name in enumerate(function.arg_names):
         if name.startswith("HAS_"):
-            constants[name] = os.environ.get("HAS","1")=="1"
+            constants[name] = not name.startswith("HAS_d_")  # nothing is asked of the last memories
         if name in constants:
             signature[name] = "constexpr"
             continue
-        if name.startswith("s_") and k.kernel.part == "combine" or name in narrow:
+        if name in exact:
             signature[name] = "*fp32"
         elif name.startswith(("p_", "o_", "t_", "s_")):
             signature[name] = f"*{dtype}"

@@ -85,8 +85,8 @@ class _Derivation:
         self.angle = None
         if canonical.phase is not None and not self.matrix:
             self.angle = self.b.valid(self.b.expand(self.lower(canonical.phase), ("T", "K")))
-        self.carried = {f.name: self.b.input(f.name, "carry", f.tile) for f in canonical.states}
-        self.memories = dict(self.carried)
+        self.carried: dict[str, int] = {f.name: self.b.input(f.name, "carry", f.tile) for f in canonical.states}
+        self.memories: dict[str, int] = dict(self.carried)
         if fresh and COUNT in self.memories:  # the memory at the block's start is that before the chunk
             self.memories |= {n: self.carried[n.removesuffix("0")] for n in self.carried} | {COUNT: self.b.map(sympy.Integer(0))}
 

@@ -133,7 +133,8 @@ def plan_of(subject: Subject) -> Methods:
     shape = subject.shape(subject.shapes[0])
     canonical = resolve(subject.method).canonical
     classes = Shape(shape.sequences, shape.tokens, rounded(shape.key), rounded(shape.value), shape.chunk)  # as calls do
-    return ops.plan_of(ops.register(compile_plan(canonical, Options(subject.scale, shape.chunk, None, "triton", not subject.state), classes)))
+    options = Options(subject.scale, shape.chunk, None, "triton", not subject.state)
+    return ops.plan_of(ops.register(compile_plan(canonical, options, classes)))
 
 
 def compiled(subject: Subject) -> dict[str, Compiled]:

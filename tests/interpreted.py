@@ -39,12 +39,22 @@ TOLERANCE = {"float32": {"": 1e-5}, "float16": {"": 5e-3, "the gradient of": 8e-
 FLOOR = {"float32": 1e-2, "float16": 2e-2}
 """What cancels is measured against this part of the largest of the outputs, or gradients."""
 
+
+
+def bent(block: int) -> lsmc.LSM:
+    """A memory with a bias that chunks do not move affinely: tanh in the loss."""
+    loss = lsmc.norm2(lsmc.tanh(k @ M + M.bias) - v) / 2
+    return lsmc.LSM("own", block=block, update=-scalar("eta") * lsmc.grad(loss, M), readout=q @ M + M.bias)
+
+
 OWN = {
     "reads twice, forgets along K": lambda: lsmc.LSM(
         "own", decay=lsmc.Vector("g"), update=outer(k, v - 0.5 * (k @ M.decayed) - 0.25 * (k @ M.previous))),
     "decay of an expression, bonus": lambda: lsmc.LSM(
         "own", decay=lsmc.Scalar(-lsmc.softplus(scalar("f"))), update=outer(k, v),
         readout=q @ (M.previous + outer(vector("u", per="head") * k, v))),
+    "bent, in blocks": lambda: bent(16),
+    "bent, in short blocks": lambda: bent(4),
     "normalised softmax": lambda: lsmc.LSM(
         "own", decay=lsmc.Scalar("g"), update=outer(lsmc.softmax(k), v),
         readout=(lsmc.softmax(q) @ M) / (lsmc.softmax(q) @ M.normalizer + 1e-6)),

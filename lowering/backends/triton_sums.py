@@ -38,8 +38,8 @@ def _gather(program: Program, terms: tuple[tuple[str, int], ...]) -> Program:
             new[op.id] = b.add(*_summed_once(b, [a for a, x in zip(args, op.args, strict=True) if users[x] == 1]),
                                *(a for a, x in zip(args, op.args, strict=True) if users[x] != 1))
         elif op.kind == "map" and op.dims == ("K", "V") and plain_sum(op):  # products last: matrix units add to what is there
-            terms = [t for a in args for t in (b.ops[a].args if once[a] and plain_sum(b.ops[a]) else (a,))]
-            new[op.id] = b.add(*sorted(terms, key=lambda t: b.ops[t].kind == "matmul"))
+            parts = [t for a in args for t in (b.ops[a].args if once[a] and plain_sum(b.ops[a]) else (a,))]
+            new[op.id] = b.add(*sorted(parts, key=lambda t: b.ops[t].kind == "matmul"))
             once[new[op.id]] = users[op.id] == 1
         elif op.kind == "map":
             new[op.id] = plain_sum(op) and together(b, args) or b.map(op.attr("expr"), *args)

@@ -15,9 +15,7 @@ from torch import Tensor
 import lsmc
 from lsmc import LSM, M, Scalar, Vector, errors, k, outer, q, reference, vector
 from lsmc.cases import GATES, Case, Sample, sample, tensors
-from lsmc.chunk import derive
 from lsmc.lowering import ops
-from lsmc.lowering.plan import able
 from lsmc.pipeline import Options, compile_plan
 from tests.declarations import Drawn, declarations
 
@@ -311,7 +309,7 @@ def test_schedule_and_chunk_length_are_free_choices(op: LSM) -> None:
 
 
 def test_a_bias_is_the_row_of_a_key_that_is_1() -> None:
-    """Appending 1 to keys and queries gives the same outputs, and the same rows of the state. Kernels do not hold such rows."""
+    """Appending 1 to keys and queries gives the same outputs, and the same rows of the state."""
     beta, g = lsmc.scalar("beta"), Scalar("g")
     plain = LSM("m", decay=g, update=beta * outer(k, lsmc.v - k @ M.decayed))
     biased = LSM("m", decay=g, update=beta * outer(k, lsmc.v - k @ M.decayed - M.bias.decayed), readout=q @ M + M.bias)
@@ -322,7 +320,6 @@ def test_a_bias_is_the_row_of_a_key_that_is_1() -> None:
     wanted, rows = run(plain, wide)
     assert ratio(o, wanted) < 1e-10
     assert ratio(torch.cat([state, bias[:, :, None]], -2), rows) < 1e-10
-    assert able("triton", derive(biased.canonical)) == "aten"
 
 
 def test_pairs_are_the_products_of_their_entries() -> None:

@@ -24,7 +24,7 @@ from tests.interpreted import OWN, Job, Workers, workers
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
-METHODS = tuple(m.name for m in zoo.METHODS if able("triton", derive(m.canonical)) == "triton")
+METHODS = tuple(m.name for m in zoo.METHODS if able("triton", derive(m.canonical)) == "triton" and m.canonical.block is None)
 GATED = [n for n in METHODS if getattr(zoo, n).canonical.decay_k is not None]
 EXAMPLES = int(os.environ.get("LSMC_EXAMPLES", "8"))
 SMALL = Case(batch=1, time=37, heads=1, groups=2, key_dim=5, value_dim=3, chunk=16, initial_state=True, scale=0.5)
@@ -36,7 +36,7 @@ def interpreter() -> Iterator[Workers]:
         yield pool
 
 
-@pytest.mark.parametrize("name", [*METHODS, *OWN])
+@pytest.mark.parametrize("name", [*METHODS, *(n for n, own in OWN.items() if own().canonical.block is None)])
 def test_kernels_equal_the_recurrence_for_every_schedule(interpreter: Workers, name: str) -> None:
     """Output, final state and every gradient; value heads share key heads, T is no multiple of the chunk, inputs are slices."""
     cases = SMALL, dataclasses.replace(SMALL, batch=2, time=20)
@@ -59,6 +59,21 @@ def test_kernels_stay_exact_for_every_range_of_gates(interpreter: Workers, name:
     gates = [g for g in GATES if g != "typical"]
     interpreter.run(*(Job(name, dataclasses.replace(case, gates=g, chunk=(16, 32, 64)[n % 3]), list(CUTS)[n % 2])
                       for n, g in enumerate(gates)))
+
+
+def test_memories_that_chunks_do_not_move_affinely_equal_the_recurrence(interpreter: Workers) -> None:
+    """Blocks of 16 tokens, of 4 (shorter than a tile) and of one, of which the first was begun before or begins with the sequence;
+    biases, packed sequences, one block more or less than full; layer norm in float16 as well."""
+    blocks, norm = dataclasses.replace(SMALL, groups=1), dataclasses.replace(SMALL, key_dim=5, value_dim=5, groups=1)
+    new, wide = dataclasses.replace(blocks, initial_state=False), dataclasses.replace(blocks, time=24, cuts=(0, 4, 4, 21))
+    interpreter.run(
+        Job("bent, in blocks", dataclasses.replace(SMALL, time=20), "fused"), Job("bent, in blocks", wide, "two_pass"),
+        Job("bent, in blocks", dataclasses.replace(new, time=33, batch=2), "two_pass"),
+        Job("bent, in blocks", dataclasses.replace(new, time=36, cuts=(16, 16, 31), key_dim=17), "two_pass", alone=True),
+        Job("bent, in short blocks", dataclasses.replace(blocks, time=9), "fused"),
+        Job("ttt_ln", dataclasses.replace(norm, time=18), "two_pass", layout="strided"),
+        Job("ttt_ln", dataclasses.replace(norm, time=9, key_dim=16, value_dim=16), "fused", "float16", gates="float32"),
+        Job("ttt_ln_sequential", dataclasses.replace(norm, time=2), "fused"))
 
 
 PADDED = [Drawn("scalar", "none", key, query, "strength", "normaliser")

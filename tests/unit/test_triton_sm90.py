@@ -19,7 +19,7 @@ import pytest
 from lsmc import zoo
 from lsmc.chunk import derive
 from lsmc.lowering.plan import able
-from lsmc.pipeline import CHUNK, Options, compile_plan
+from lsmc.pipeline import Options, compile_plan
 from lsmc.schedules import CUTS
 from lsmc.target import H200
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 METHODS = tuple(m.name for m in zoo.METHODS if able("triton", derive(m.canonical)) == "triton")
 SLOW = ("kda", "gated_deltanet")
 """Their largest kernels take ptxas half a minute: these come first."""
-RARE = ("titans", "titans_plain", "gfw", "gateloop", "gateloop_real")
+RARE = ("ttt_ln", "ttt_ln_sequential", "titans", "titans_plain", "gfw", "gateloop", "gateloop_real")
 """Left to --slow: variants, and what takes ptxas long."""
 SEGMENTS = ("deltanet",)
 """Whose scans in segments are compiled without --slow: one of each way to combine them."""
@@ -38,11 +38,12 @@ def measure(name: str, direction: str, schedule: str, dtype: str) -> list[Any]:
     """What every kernel takes; of a schedule in segments only their scans, others have the rest. Not with the interpreter."""
     from lsmc.lowering.offline import resources
 
-    plan = compile_plan(getattr(zoo, name).canonical, Options(schedule=None if schedule == "chosen" else schedule, target="triton"))
+    plan = compile_plan(getattr(zoo, name).canonical, Options(schedule=None if schedule == "chosen" else schedule, target="triton",
+                                                                 fresh=True))
     executable: Any = getattr(plan, direction).executable
     if "segments" in schedule:
         executable.kernels = tuple(k for k in executable.kernels if k.kernel.part) or executable.kernels
-    return resources(executable, key=128, value=128, chunk=CHUNK, dtype=dtype)
+    return resources(executable, key=128, value=128, chunk=plan.chunk, dtype=dtype)
 
 
 class Compiles:
