@@ -238,23 +238,34 @@ def _columns(inputs: Sequence[Tensor], spec: str) -> list[Tensor]:
 def _incoming(parts: Tensor, start: Sequence[Tensor], rank: Tensor | None, size: int, sizes: Sequence[int],
               spec: str) -> list[Tensor]:
     """The memories before the first token of this rank, from what all ranks sent, (size · B, HV, n); after the last of all
-    tokens where there is no `rank`. `sizes` are K and V."""
+    tokens where there is no `rank`. `sizes` are K and V.
+
+    Maps of neighbours are composed in pairs, then those of pairs, and so on: log₂(size) steps."""
     c, columns = ops.plan_of(spec).canonical, way(spec)[0] == "columns"
     extent = dict(zip("KV", sizes))
     shapes = [_shape(f, *sizes) for f in c.states]
     many = len(shapes)
     linear = ([(many * extent["K"],) * 2] if columns
               else [tuple(extent[d] if d in _dims(p) else 1 for d in "KV") for p in _linear(c)])
-    parts = parts.unflatten(0, (size, -1))
-    states = list(start) or [parts.new_zeros(*parts.shape[1:3], *shape) for shape in shapes]
-    for r in range(size):
-        *moves, = (x.unflatten(2, s) for x, s in zip(parts[r].split([a * b for a, b in (*linear, *shapes)], 2),
-                                                     (*linear, *shapes), strict=True))
-        added = moves[len(linear) :]
-        new = (moves[0] @ torch.cat(states, 2)).split(extent["K"], 2) if columns else _decayed(c, moves, states)
-        new = [x + y for x, y in zip(new, added, strict=True)]
-        states = new if rank is None else [torch.where(r < rank, x, y) for x, y in zip(new, states, strict=True)]
-    return states
+    pieces = parts.unflatten(0, (size, -1)).split([a * b for a, b in (*linear, *shapes)], -1)
+    maps = [x.unflatten(-1, shape) for x, shape in zip(pieces, (*linear, *shapes), strict=True)]
+    if rank is not None:
+        before = (torch.arange(size, device=parts.device) < rank).reshape(-1, 1, 1, 1, 1)
+        one = torch.eye(many * extent["K"], dtype=parts.dtype, device=parts.device) if columns else parts.new_zeros(())
+        maps = [torch.where(before, x, one if i < len(linear) else parts.new_zeros(())) for i, x in enumerate(maps)]
+
+    def after(then: Sequence[Tensor], states: Sequence[Tensor]) -> list[Tensor]:
+        moves, added = then[: len(linear)], then[len(linear) :]
+        new = (moves[0] @ torch.cat(list(states), -2)).split(extent["K"], -2) if columns else _decayed(c, moves, states)
+        return [x + y for x, y in zip(new, added, strict=True)]
+
+    while (n := maps[0].shape[0]) > 1:
+        first, then, odd = ([x[i:j:2] for x in maps] for i, j in ((0, n - n % 2), (1, n), (n - n % 2, n)))
+        moves = [b @ a if columns else a + b for a, b in zip(first[: len(linear)], then)]
+        pairs = [*moves, *after(then, first[len(linear) :])]
+        maps = [torch.cat([x, y]) for x, y in zip(pairs, odd, strict=True)] if n % 2 else pairs
+    maps = [x[0] for x in maps]
+    return after(maps, start) if start else maps[len(linear) :]
 
 
 def _decayed(c: Canonical, linear: Sequence[Tensor], states: Sequence[Tensor]) -> list[Tensor]:
@@ -320,6 +331,9 @@ def _exact(function: Any) -> Any:
     return run
 
 
+OPERATORS = ("summary", "remembered", "columns", "incoming", "corrected", "through")
+"""Names of the operators, in the namespace `lsmc`."""
+
 for _signature, _function in {
     "summary(Tensor[] inputs, str spec) -> Tensor": _summary,
     "remembered(Tensor[] inputs, Tensor[] states, str spec) -> Tensor": _remembered,
@@ -331,4 +345,4 @@ for _signature, _function in {
     _library.define(_signature)
     _library.impl(_signature.partition("(")[0], _exact(_function), "CompositeImplicitAutograd")
 
-__all__ = ["message", "way"]
+__all__ = ["OPERATORS", "message", "way"]

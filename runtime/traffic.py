@@ -19,13 +19,15 @@ from lsmc.lowering.inductor import PASSES
 from lsmc.runtime.insert import example, passes, source
 from lsmc.runtime.mesh import Axis, sizes
 from lsmc.runtime.plans import PLANS
+from lsmc.runtime.spread import name_of
 
 
 @dataclass(frozen=True)
 class Message:
     """One exchange over an axis: what is done forward and backward, for what, and how much a rank receives.
 
-    behind   how many operations of the graph stand between the forward message and its arrival
+    behind     how many operations of the graph stand between the forward message and its arrival
+    operators  how many of them are LSM operators
     """
 
     axis: str
@@ -35,6 +37,7 @@ class Message:
     forward_bytes: int
     backward_bytes: int
     behind: int
+    operators: int
 
 
 def parse(text: str) -> dict[str, Axis]:
@@ -104,10 +107,12 @@ def _message(node: Node, axes: Mapping[str, Axis], order: Mapping[Node, int]) ->
         size //= axis.size
     back = factor[backward] if sent.requires_grad and example(node).requires_grad else 0
     wait = next((user for user in node.users if "wait_tensor" in str(user.target)), node)
-    behind = max(0, order[wait] - order[node] - 1)
+    behind = list(order)[order[node] + 1 : order[wait]]
     if not factor[forward] and not back:
         return None
-    return Message(axis.name, forward, backward if back else "", _of(node), int(size * factor[forward]), int(size * back), behind)
+    operators = sum(name_of(n) == "lsmc.fwd" for n in behind)
+    return Message(axis.name, forward, backward if back else "", _of(node), int(size * factor[forward]), int(size * back),
+                   len(behind), operators)
 
 
 def _of(node: Node) -> str:
