@@ -44,7 +44,7 @@ def explain(
     stage: Annotated[str | None, arg(help="print this stage alone; `--stage list` names the stages")] = None,
     shape: Annotated[str | None, arg(help="B,T,H,K,V at which schedules are weighed")] = None,
     out: Annotated[Path | None, arg(aliases=("-o",), help="write a page instead, with pictures, kernels and laws")] = None,
-    mesh: Annotated[str | None, arg(help="the method in a model on this mesh, such as sp=4,dp=2: what its ranks exchange")] = None,
+    mesh: Annotated[str | None, arg(help="a model on this mesh, such as sp=4,dp=2: what ranks exchange; drawn with --out")] = None,
     size: Annotated[str, arg(help="with --mesh, the model's configuration")] = "tiny",
     pattern: Annotated[str | None, arg(help="with --mesh, its layers, such as LLLN")] = None,
     batch: Annotated[int, arg(help="with --mesh, sequences in a step, on all ranks")] = 8,
@@ -54,12 +54,13 @@ def explain(
     from lsmc.errors import LsmNameError
 
     console = _console()
-    if mesh is not None:
-        console.print(_exchanges(method, mesh, size, pattern, batch, tokens))
+    ranks = None if mesh is None else _ranks(method, mesh, size, pattern, batch, tokens)
+    if out is None and ranks is not None:
+        _exchanges(ranks)
         return
     explanation = _explanation(method, shape)
     if out is not None:
-        console.print(escape(f"{explanation.html(out)} explains {explanation.name}"))
+        console.print(escape(f"{explanation.html(out, ranks=ranks)} explains {explanation.name}"))
         return
     stages = explanation.stages()
     if stage == "list":
@@ -76,33 +77,35 @@ def explain(
             sys.stdout.flush()
 
 
-def _exchanges(method: str, mesh: str, size: str, pattern: str | None, batch: int, tokens: int) -> Table:
-    """What the ranks of a mesh exchange in a step of a model: equal messages in one row."""
+def _ranks(method: str, mesh: str, size: str, pattern: str | None, batch: int, tokens: int) -> Any:
+    """A model's graph on a mesh, without a rank of it."""
     import torch
     from torch._subclasses import FakeTensorMode
 
+    from lsmc.explanation.ranks import Ranks
     from lsmc.models import HybridMoE, config
-    from lsmc.runtime.traffic import Message, capture, parse, traffic
+    from lsmc.runtime.traffic import capture, parse
 
     axes = parse(mesh)
     layers = {} if pattern is None else {"pattern": pattern}
     with FakeTensorMode():  # sizes without numbers
         model = HybridMoE(config(size, lsm=_resolve(method), **layers))
         text = torch.zeros(batch, tokens, dtype=torch.int64)
-        found = traffic(capture(model, axes, text, text), axes)
-    table = Table(box=None, pad_edge=False, title_justify="left",
-                  title=f"What a rank of {mesh} receives in one step of {size}: {batch} × {tokens} tokens, float32")
-    for column in ("axis", "of", "times", "forward", "bytes", "backward", "bytes", "overlaps"):
+        said = f"One step of {size}, {model.config.pattern}, on a mesh of {mesh}: {batch} × {tokens:,} tokens, float32."
+        return Ranks(capture(model, axes, text, text), axes, said)
+
+
+def _exchanges(ranks: Any) -> None:
+    """What a rank receives: equal messages in one row."""
+    from lsmc.runtime.traffic import totals, traffic
+
+    header, rows = totals(traffic(ranks.module, ranks.axes))
+    table = Table(box=None, pad_edge=False, title_justify="left", title=escape(ranks.said))
+    for column in header:
         table.add_column(column, no_wrap=column != "of", justify="right" if column in ("times", "bytes") else "left")
-    rows: dict[tuple[str, ...], list[Message]] = {}
-    for m in found:
-        rows.setdefault((m.axis, m.of, m.forward, m.backward), []).append(m)
-    for (axis, of, forward, backward), many in rows.items():
-        there, back = sum(m.forward_bytes for m in many), sum(m.backward_bytes for m in many)
-        hidden = min(m.behind for m in many)
-        table.add_row(axis, escape(of), str(len(many)), forward, f"{there:,}" if there else "", backward,
-                      f"{back:,}" if back else "", f"{hidden} operations" if hidden else "")
-    return table
+    for row in rows:
+        table.add_row(*map(escape, row))
+    _console().print(table)
 
 
 def scaling(
