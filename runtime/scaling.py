@@ -197,7 +197,7 @@ class Time:
 def times(path: Path) -> list[Time]:
     """What a file holds: `lsmc bench … --out FILE`, whose contender sdpa is attention; or a list of whole layers, each
 
-        {"layer": "gla" or "attention", "shape": [B, T, H, K, V], "forward_ms": …, "backward_ms": …}
+        {"layer": METHOD or "attention", "shape": [B, T, H, K, V], "forward_ms": …, "backward_ms": …}
 
     Raises LsmConfigError for a file that is not there or holds neither.
     """

@@ -117,6 +117,7 @@ PARAMETERS = "gradients of parameters"
 _KINDS = {
     "all_gather_into_tensor": ("all-gather", "reduce-scatter"), "reduce_scatter_tensor": ("reduce-scatter", "all-gather"),
     "shared": ("", "all-reduce"), "summed": ("all-reduce", ""), "part": ("", "all-gather"), "whole": ("all-gather", ""),
+    "scattered": ("reduce-scatter", "all-gather"), "gathered": ("all-gather", "reduce-scatter"),
     "dealt": ("", "all-gather"), "joined": ("all-gather", ""), "kept": ("", "all-reduce"),
 }  # fmt: skip
 
@@ -129,7 +130,7 @@ def _message(node: Node, axes: Mapping[str, Axis], order: Mapping[Node, int]) ->
     sent = example(node.args[0])  # type: ignore[arg-type]
     size = sent.numel() * sent.itemsize
     factor = {"all-gather": axis.size - 1, "reduce-scatter": axis.size - 1, "all-reduce": 2 * (axis.size - 1) / axis.size, "": 0}
-    if name in ("reduce_scatter_tensor", "part"):
+    if name in ("reduce_scatter_tensor", "scattered", "part"):
         size //= axis.size
     back = factor[backward] if sent.requires_grad and example(node).requires_grad else 0
     behind = list(order)[order[node] + 1 : order[arrival(node)]]

@@ -155,7 +155,7 @@ def test_the_work_of_a_schedule_is_above_its_floor() -> None:
 
 @functools.cache
 def ranks() -> Ranks:
-    made: Ranks = cli._ranks("gated_deltanet", "sp=2,tp=2", "tiny", "LLN", 2, 64)
+    made: Ranks = cli._ranks("gated_deltanet", "sp=2,tp=2", "tiny", "LLLN", 2, 64)
     return made
 
 
@@ -165,11 +165,11 @@ def test_the_plan_of_ranks_shows_every_message_at_its_place() -> None:
     text = plan(ranks())
     page = Page(text)
     assert page.open == []
-    assert re.findall("<h3>(.*?)</h3>", text) == ["Around the blocks", "blocks.0, blocks.1", "blocks.2", "In all"]
+    assert re.findall("<h3>(.*?)</h3>", text) == ["Around the blocks", "blocks.0", "blocks.1, blocks.2", "blocks.3", "In all"]
     found = dict(messages(ranks().module, ranks().axes))
     large = {n: m for n, m in found.items() if m.of != PARAMETERS and m.forward_bytes + m.backward_bytes > SMALL}
-    first = [n for n in large if "blocks.0" in str(n.meta["nn_module_stack"])]
-    assert len(re.findall("<circle", text)) == len(large) - len(first) > len(first) > 4
+    again = [n for n in large if "blocks.1" in str(n.meta["nn_module_stack"])]
+    assert len(re.findall("<circle", text)) == len(large) - len(again) > len(again) > 4
     assert all(m.of[:60] in page.text for m in found.values())
     gather = next(m for m in large.values() if m.of.startswith("memories"))
     assert f"sp: all-gather {gather.forward_bytes / 1e3:.1f} kB, back reduce-scatter {gather.backward_bytes / 1e3:.1f} kB" in page.text
