@@ -23,9 +23,13 @@ from lsmc.runtime.traffic import capture, traffic
 PEERS = Path(__file__).parents[2] / "docs" / "results" / "h100-peers.json"
 
 
+read = cli._layer
+
+
 @functools.cache
 def layer(name: str, tokens: int = 32, ranks: int = 16) -> Layer:
-    return cli._layer(name, "tiny", 2, tokens, ranks)
+    made: Layer = read(name, "tiny", 2, tokens, ranks)
+    return made
 
 
 @functools.cache
@@ -103,7 +107,8 @@ def test_times_of_whole_layers_stand_beside_those_of_operators(tmp_path: Path) -
         times(path)
 
 
-def test_the_command_prints_every_exchange(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_every_exchange(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_layer", lambda name, size, batch, tokens, ranks: layer(name, tokens, ranks))
     cli.main([*"scaling gla --size tiny --batch 2 --tokens 32 --ranks 16 --markdown --times".split(), str(PEERS)])
     out = capsys.readouterr().out
     assert [row.split(" | ")[2] for row in out.splitlines() if row.startswith(("| gla", "| attention"))] == [*WAYS, *WAYS]
