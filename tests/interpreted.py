@@ -96,7 +96,8 @@ def arrange(x: Tensor, layout: str) -> Tensor:
     if layout == "strided" and rank >= 3:  # as a slice of a fused projection whose heads come first
         wide = torch.full([shape[0], shape[2] + 1, shape[1] + 2, *[2 * n + 3 for n in shape[3:]]], torch.nan, dtype=x.dtype)
         out = wide[:, 1:, 1:-1].transpose(1, 2)
-        out = out[..., 2 : 2 + shape[3]] if rank == 4 else out
+        for n in range(3, rank):
+            out = out.narrow(n, 2, shape[n])
     elif layout == "columns" and rank >= 3:  # the last dimension has gaps
         out = torch.full([*shape[:-1], 2 * shape[-1]], torch.nan, dtype=x.dtype)[..., ::2]
     else:

@@ -31,6 +31,16 @@ def exp(x):
 
 
 @triton.jit
+def power(x):
+    """2^x in one instruction."""
+    if INTERPRETED:
+        out = tl.exp2(x)
+    else:
+        out = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return out
+
+
+@triton.jit
 def dot(a, b, DT: tl.constexpr):
     """a @ b on the matrix units."""
     if tl.float32 == DT:
