@@ -28,7 +28,7 @@ import lsmc.pipeline
 from lsmc import M, k, outer, q, scalar, v, vector
 from lsmc.cases import Case, Sample, sample, tensors
 from lsmc.laws import _gradients
-from tests.declarations import Drawn
+from tests.declarations import Drawn, Wider
 
 GUARD = 64
 """Elements of NaN on either side of a tensor."""
@@ -55,7 +55,7 @@ OWN = {
 class Job:
     """One comparison: a method of the zoo by name, one of `OWN`, or drawn choices, on one case under one schedule."""
 
-    method: str | Drawn
+    method: str | Drawn | Wider
     case: Case
     schedule: str | None = None
     dtype: str = "float32"
@@ -65,7 +65,7 @@ class Job:
     options: tuple[tuple[str, Any], ...] = field(default=())
 
     def declaration(self) -> Any:
-        if isinstance(self.method, Drawn):
+        if not isinstance(self.method, str):
             return self.method.declaration()
         return OWN[self.method]() if self.method in OWN else getattr(lsmc.zoo, self.method)
 

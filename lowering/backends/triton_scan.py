@@ -23,7 +23,7 @@ from lsmc.ir import READ_AT, Dims, Op, Program, Scanned, operand
 from lsmc.lowering.backends.triton_cut import SCANS, Piece, contracts
 from lsmc.lowering.backends.triton_emit import Expression, Writer
 
-GROUP = 8
+GROUP = 4
 """Tokens whose loads start together, and whose memories are in registers at once on the way back."""
 COLUMNS, LANE = 32, 16
 """Columns of V that a program takes at most, and entries of the memory that one of its threads holds."""
@@ -298,9 +298,11 @@ class Walker(Writer):
         self.line(f"{name} = tl.sum({self._need(op.args[0])} * ({memory}), axis=0, keep_dims=True)")
         self._is(op.id, name)
 
-    def _begin(self, wanted: Iterable[int]) -> list[Values]:
-        """A group of rows: all of its loads, then each row's values by `_enter`."""
-        loads = [op for op in self.program.ancestors(wanted, self.piece.known) if op.kind == "input" and op.attr("role") == "token"]
+    def _begin(self, wanted: Iterable[int], narrow: Iterable[int] = ()) -> list[Values]:
+        """A group of rows: loads of what is `wanted`, and of what else is needed for `narrow` but has no K, start together;
+        `_enter` gives a row's values."""
+        loads = self._loads(wanted)
+        loads += [op for op in self._loads(narrow) if letters(op.dims) in "V1" and op not in loads]
         frames = []
         for j in range(GROUP):
             plain, cast, done = self.fixed_values
@@ -312,6 +314,15 @@ class Walker(Writer):
                 self._loaded(op.id)
             frames.append(self._values_now())
         return frames
+
+    def _loads(self, wanted: Iterable[int]) -> list[Op]:
+        return [op for op in self.program.ancestors(wanted, self.piece.known) if op.kind == "input" and op.attr("role") == "token"]
+
+    def _forget(self) -> Values:
+        """The values of a row but those with K: they take the most registers, and are loaded again."""
+        wide = {i for i in self.done - self.fixed_values[2] if letters(self.program.index[i].dims) in "KE"}
+        return ({i: n for i, n in self.plain.items() if i not in wide},
+                {key: n for key, n in self.cast.items() if key[0] not in wide}, self.done - wide)
 
     def _there(self, j: int) -> None:
         self.line(f"rows = one + (at + {j}) < left")
@@ -381,7 +392,7 @@ class Walker(Writer):
             self.line("at = low")
             ends = [op.id for name, op in self.waiting if self._row(op.id)]
             wanted = [*ends, *(op.args[0] for op in self.sums), *(a for ops in self.grads.values() for op in ops for a in op.args)]
-            frames = self._begin(wanted)
+            frames = self._begin([*self.of.pairs, *self.of.fields] if self.remembers else self.of.fields, wanted)
             for j in range(GROUP):
                 self._enter(j, frames)
                 self._factors()
@@ -390,7 +401,7 @@ class Walker(Writer):
                     if self.turns:
                         self.line(f"b_{j}i = mi")
                     self._step()
-                frames[j] = self._values_now()
+                frames[j] = self._forget()
             for j in reversed(range(GROUP)):
                 self._enter(j, frames)
                 self._row_back(j)
@@ -426,7 +437,8 @@ class Walker(Writer):
         for n, value in enumerate(values):
             if ops := self.grads.get(("pair", n)):
                 name = f"p{n}_{j}"
-                self.line(f"{name} = tl.sum(w * {values[n ^ 1]}, axis={1 - n % 2}, keep_dims=True)")
+                product = f"w * {values[n ^ 1]}"
+                self.line(f"{name} = " + (f"tl.sum({product}, axis=0, keep_dims=True)" if n % 2 else f"across({product}, DT)"))
                 self._share(ops, name)
         self._ask("decayed", memory)
         e, turn = f"e_{j}", f"e_{j}i"
@@ -456,7 +468,7 @@ class Walker(Writer):
         for (role, _), ops in self.grads.items():
             if role == "query" and ops[0].attr("at") == at:
                 name = self.v(ops[0].id)
-                self.line(f"{name} = tl.sum(({memory[at]}) * {self._need(ops[0].args[-1])}, axis=1, keep_dims=True)")
+                self.line(f"{name} = across(({memory[at]}) * {self._need(ops[0].args[-1])}, DT)")
                 self._is(ops[0].id, name)
 
     def _weighted(self, n: int, prefix: str, parts: str) -> str:

@@ -71,6 +71,17 @@ def half_dot(a, b, DT: tl.constexpr):
 
 
 @triton.jit
+def across(x, DT: tl.constexpr):
+    """The sum of each row, on the matrix units where the inputs have 16 bits: among threads it takes five steps a number."""
+    if tl.float32 == DT or x.shape[1] < 16:
+        out = tl.sum(x, axis=1, keep_dims=True)
+    else:
+        y = half_dot(x, tl.full([x.shape[1], 8], 1.0, tl.float32), DT)
+        out = tl.sum(tl.where(tl.arange(0, 8)[None, :] == 0, y, 0.0), axis=1, keep_dims=True)
+    return out
+
+
+@triton.jit
 def select_dot(m, x, DT: tl.constexpr, EXACT: tl.constexpr = False):
     """M @ x for a mask M (0/1 exactly): x in two pieces keeps 15 bits of each summand, or is of the type DT already."""
     if EXACT and tl.float32 != DT:
