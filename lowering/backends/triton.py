@@ -267,7 +267,8 @@ class _Launch:
             blocks = triton.cdiv(size[k.split], plan["BK" if k.split == "K" else "BV"])
         for name, op in k.stores:
             if k.how != "slow":
-                self.outputs[name] = self._output(name, op.dims, blocks if name in k.partial else 0, units if k.walks else self.chunks)
+                parts, count = blocks if name in k.partial else 0, units if k.walks else self.chunks
+                self.outputs[name] = self._output(name, op.dims, parts, count)
             args[f"o_{name}"] = self.outputs[name]
         args |= {"SEGMENTS": self.segments} if part else {}
         args |= {"cu": self.cu, "first": self.first, "owner": self.owner, "B": self.batch, "T": self.tokens, "HV": self.heads,

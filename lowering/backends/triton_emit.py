@@ -24,8 +24,8 @@ from lsmc.lowering.kernels import digest
 from lsmc.schedules import Kernel, Schedule
 from lsmc.schedules.order import order
 
-TILES = ("exp", "power", "across", "total", "diagonal", "keep", "dot", "exact_dot", "running", "later", "cumsum", "lower", "between", "between_grad",
-         "inverse", "mild", "form_p", "form_x", "form_y", "form_gate", "form_all")
+TILES = ("exp", "power", "beside", "across", "total", "diagonal", "keep", "dot", "exact_dot", "running", "later", "cumsum", "lower",
+         "between", "between_grad", "inverse", "mild", "form_p", "form_x", "form_y", "form_gate", "form_all")
 SIZE = {"T": "C", "K": "BK", "V": "BV", "1": "1"}
 EXTENT = {"T": 64, "K": 128, "V": 128, "1": 1}
 """Typical extents, for the weight of a value in registers."""

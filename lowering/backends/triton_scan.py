@@ -19,7 +19,7 @@ import sympy
 
 from lsmc.expr import number
 from lsmc.functions import exp
-from lsmc.ir import READ_AT, Dims, Op, Program, Scanned, operand
+from lsmc.ir import READ_AT, Carry, Dims, Op, Program, Scanned, operand
 from lsmc.lowering.backends.triton_cut import SCANS, Piece, contracts
 from lsmc.lowering.backends.triton_emit import Expression, Writer
 
@@ -27,8 +27,10 @@ GROUP = 4
 """Tokens whose loads start together, and whose memories are in registers at once on the way back."""
 COLUMNS, LANE = 32, 16
 """Columns of V that a program takes at most, and entries of the memory that one of its threads holds."""
+BESIDE = 2
+"""Columns that a thread takes side by side."""
 LOG2E = number(1.4426950408889634)
-COLUMN = {"K": " + cK", "V": " + cV", "E": " + rK * V + cV", "1": " + one"}
+COLUMN = {"K": " + cK", "V": " + cV", "E": " + spot", "1": " + one"}
 ENTRIES = {"K": " * K", "V": " * V", "E": " * K * V", "1": ""}
 Values = tuple[dict[int, str], dict[tuple[int, str], str], set[int]]
 
@@ -82,7 +84,7 @@ class Walker(Writer):
         every = [op for ops in self.grads.values() for op in ops]
         self.asked = dict.fromkeys((op.args[0], op.args[-1], op.attr("at")) for op in every if op.attr("at") in READ_AT)
         self.starts = {op.attr("at"): op.args[-1] for op in every if op.attr("at") not in READ_AT}
-        self.sums = [op for op in self.body if op.kind == "sum" and op.attr("axis") == 0 and self._row(op.args[0])]
+        self.added = [op for op in self.body if op.kind == "sum" and op.attr("axis") == 0 and self._row(op.args[0])]
         self.remembers = bool(self.reads) or any(r in ("query", "field") for r, _ in self.grads)
         self.tokens = {i: self.program.index[i].dims[0] == "T" for i in self.of.fields}
         self.fixed = self._constants()
@@ -105,7 +107,7 @@ class Walker(Writer):
         """What is the same for all tokens."""
         out: dict[int, Op] = {}
         for op in self.body:
-            outside = op.kind == "input" and op.attr("role") != "head" or op.kind in SCANS or op in self.sums
+            outside = op.kind == "input" and op.attr("role") != "head" or op.kind in SCANS or op in self.added
             if "T" not in op.dims and not outside and all(a in out for a in op.args):
                 out[op.id] = op
         return list(out.values())
@@ -125,14 +127,26 @@ class Walker(Writer):
     def _indices(self, d: str) -> None:
         if d == "V":
             super()._indices(d)
+            self._spot()
         else:
             self.line("rK = tl.arange(0, BK)[:, None]")
             self.line("inrK = (rK < K) if PADK else tl.full([BK, 1], True, tl.int1)")
             self.line("cK, incK = rK, inrK")
 
+    def _spot(self) -> None:
+        """Where the entries of a memory lie."""
+        self.line(f"spot = beside(rK * V + cV, {BESIDE} if V % {BESIDE} == 0 else 1)")
+
+    def _memory(self, c: Carry) -> tuple[str, str, str]:
+        return "spot", "inrK & incV", "K * V"
+
     def _prologue(self, scan: bool) -> None:
         self.line("one = tl.zeros([1, 1], tl.int32)")
         super()._prologue(scan)
+        for name, op in self.waiting:
+            if name is not None and self._row(op.id):
+                at = "(batch * T + begin) * HV + head" + " + block.to(tl.int64) * B * T * HV" * (op.id in self.part)
+                self.line(f"to_{name} = o_{name} + ({at}){ENTRIES[letters(op.dims)]}{COLUMN[letters(op.dims)]}")
         for op in self.fixed:
             self._need(op.id)
         if not any(self.tokens.values()):
@@ -142,12 +156,13 @@ class Walker(Writer):
 
     def _totals(self) -> Iterable[tuple[str, Dims]]:
         """What is summed over the tokens: sums of the program, and gradients by fields that all tokens share."""
-        yield from ((f"a{op.id}", op.dims) for op in self.sums)
+        yield from ((f"a{op.id}", op.dims) for op in self.added)
         fields = [n for role, n in self.grads if role == "field" and not self.tokens[self.of.fields[n]]]
         yield from ((f"t{part}", ("K", "V")) for part in sorted({p for n in fields if self._later(n) for p, _ in self._slopes(n)}))
         yield from ((f"d{n}", ("K", "V")) for n in fields if not self._later(n))
 
     def _chunk(self) -> None:
+        self._spot()
         self.line("time = chunk * C")
         self.line("left = length - time")
         self.line("saved = (place + chunk) * HV + head")
@@ -163,11 +178,16 @@ class Walker(Writer):
             self._need(c.out)
             self.line(f"m_{c.name} = {self.f(c.out)}")
 
+    def _end(self, c: Carry) -> None:
+        self._spot()
+        super()._end(c)
+
     def _close(self) -> None:
         """Per-head gradients, once all tokens have been."""
         heads = [(name, op) for name, op in self.waiting if name is not None and not self._row(op.id)]
         if heads:
-            for op in self.sums:
+            self._spot()
+            for op in self.added:
                 self._is(op.id, f"a{op.id}")
             for (role, n), ops in self.grads.items():
                 if role == "field" and not self.tokens[self.of.fields[n]]:
@@ -235,15 +255,15 @@ class Walker(Writer):
     def _put(self, name: str, op: Op) -> None:
         """Store an output: of a token, or what a program made of all of its tokens."""
         of, row = letters(op.dims), self._row(op.id)
-        masks = ["rows" if row else "one == 0"] + ["inrK"] * (of in "KE") + ["incV"] * (of in "VE")
-        units = "B * T * HV" if row else "(tl.num_programs(0) // BLOCKS)"
-        at = f"(batch * T + begin + here{self.suffix}) * HV + head" if row else "unit.to(tl.int64) * HV + head"
-        if op.id in self.part:  # every block stores its share
-            at += f" + block.to(tl.int64) * {units}"
-        elif of in "K1":  # every block computes it: the first stores it
+        masks = ["rows" if row else "(one == 0)"] + ["inrK"] * (of in "KE") + ["incV"] * (of in "VE")
+        if op.id not in self.part and of in "K1":  # every block computes it: the first stores it
             masks.append("(block == 0)")
+        at = f"to_{name} + here{self.suffix} * (HV{ENTRIES[of]})"
+        if not row:
+            unit = "unit.to(tl.int64) * HV + head" + " + block.to(tl.int64) * (tl.num_programs(0) // BLOCKS)" * (op.id in self.part)
+            at = f"o_{name} + ({unit}){ENTRIES[of]}{COLUMN[of]}"
         value = f"tl.broadcast_to({self.f(op.id)}, {shape(op.dims)}).to(o_{name}.dtype.element_ty)"
-        self.line(f"tl.store(o_{name} + ({at}){ENTRIES[of]}{COLUMN[of]}, {value}, mask={' & '.join(f'({m})' for m in masks)})")
+        self.line(f"tl.store({at}, {value}, mask={' & '.join(masks)})")
 
     # -- the recurrence -----------------------------------------------------------------------------------------------
 
@@ -264,11 +284,15 @@ class Walker(Writer):
             text = f"tl.where(inrK & incV, {text}, 0.0)" if risky else text
             self.line(f"{n} = {text}")
 
+    def _absent(self) -> dict[sympy.Symbol, sympy.Expr]:
+        """The fields where there is no token."""
+        return {operand(n): sympy.Integer(0) for n, i in enumerate(self.of.fields) if self.tokens[i]}
+
     def _factors(self) -> tuple[str, str]:
         """The factor of the current row by name, real and imaginary part."""
         name = f"e{self.suffix}"
         always = not any(self.tokens.values())
-        zero = {operand(n): sympy.Integer(0) for n, i in enumerate(self.of.fields) if self.tokens[i]}
+        zero = self._absent()
         ones = not always and not singular(self.log) and self.log.xreplace(zero) == 0 == sympy.sympify(self.phase).xreplace(zero)
         if not always:
             self._factor(name)
@@ -281,7 +305,9 @@ class Walker(Writer):
 
     def _decayed(self, real: str, imaginary: str) -> tuple[str, str]:
         e, turn = f"e{self.suffix}", f"e{self.suffix}i"
-        return (f"{e} * {real} - {turn} * {imaginary}", f"{e} * {imaginary} + {turn} * {real}") if self.turns else (f"{e} * {real}", "")
+        if not self.turns:
+            return f"{e} * {real}", ""
+        return f"{e} * {real} - {turn} * {imaginary}", f"{e} * {imaginary} + {turn} * {real}"
 
     def _step(self, into: str = "m") -> None:
         """The memory m after this row."""
@@ -335,8 +361,7 @@ class Walker(Writer):
         """m before the chunk: in registers, or from where another kernel left it."""
         for name, i in zip(("m", "mi"), (self.of.memory, self.of.imaginary)):
             if i in self.piece.known:
-                at, mask = self._tile(self.program.index[i])
-                self.line(f"{name} = tl.load({at}, mask={mask}, other=0.0).to(tl.float32)")
+                self.line(f"{name} = tl.load(t_{i} + saved * (K * V) + spot, mask=inrK & incV, other=0.0).to(tl.float32)")
             elif i is not None:
                 self.line(f"{name} = {self._need(i)}")
 
@@ -352,7 +377,7 @@ class Walker(Writer):
 
         def group() -> None:
             ends = [op.id for name, op in self.waiting if self._row(op.id)]
-            frames = self._begin([*self.of.pairs, *self.of.fields, *ends, *(op.args[0] for op in self.sums)])
+            frames = self._begin([*self.of.pairs, *self.of.fields, *ends, *(op.args[0] for op in self.added)])
             for j in range(GROUP):
                 self._enter(j, frames)
                 self._factors()
@@ -365,7 +390,7 @@ class Walker(Writer):
                         self._read(op, "m")
                 self._leave_row()
 
-        self._loop("for at in range(0, C, GROUP):".replace("GROUP", str(GROUP)), group)
+        self._loop(f"for at in range(0, C, {GROUP}):", group)
         self._use(self.fixed_values, "")
         for i in self.ends:
             self._is(i, "mi" if self.program.index[i].attr("at") == "imaginary" else "m")
@@ -391,7 +416,7 @@ class Walker(Writer):
                 self._loop(f"for at in range(0, low, {GROUP}):", walk)
             self.line("at = low")
             ends = [op.id for name, op in self.waiting if self._row(op.id)]
-            wanted = [*ends, *(op.args[0] for op in self.sums), *(a for ops in self.grads.values() for op in ops for a in op.args)]
+            wanted = [*ends, *(op.args[0] for op in self.added), *(a for ops in self.grads.values() for op in ops for a in op.args)]
             frames = self._begin([*self.of.pairs, *self.of.fields] if self.remembers else self.of.fields, wanted)
             for j in range(GROUP):
                 self._enter(j, frames)
@@ -434,7 +459,7 @@ class Walker(Writer):
             self._read(op, memory[op.attr("at")])
         self._ask("updated", memory)
         values = [self._need(i) for i in self.of.pairs]
-        for n, value in enumerate(values):
+        for n in range(len(values)):
             if ops := self.grads.get(("pair", n)):
                 name = f"p{n}_{j}"
                 product = f"w * {values[n ^ 1]}"
@@ -453,8 +478,9 @@ class Walker(Writer):
             self.line(f"l0_{j} = " + (f"w * {b} + wi * {bi}" if self.turns else f"w * {b}"))
             if self.turns:
                 self.line(f"l1_{j} = wi * {b} - w * {bi}")
-        for part in sorted({p for n in fields if not self.tokens[self.of.fields[n]] and self._later(n) for p, _ in self._slopes(n)}):
-            self.line(f"t{part} += tl.where(rows, l{part}_{j}, 0.0)")
+        for name, _ in self._totals():
+            if name[0] == "t":
+                self.line(f"{name} += tl.where(rows, l{name[1:]}_{j}, 0.0)")
         for n in fields:
             self._field(n, j)
         self._ask("previous", memory)
@@ -485,7 +511,9 @@ class Walker(Writer):
         ops, i = self.grads["field", n], self.of.fields[n]
         if not self.tokens[i]:
             if not self._later(n):
-                self.line(f"d{n} += tl.where(rows, {self._weighted(n, f'u{n}_{j}', f'l{{}}_{j}')}, 0.0)")
+                text = self._weighted(n, f"u{n}_{j}", f"l{{}}_{j}")
+                gone = all(slope.xreplace(self._absent()) == 0 for _, slope in self._slopes(n))
+                self.line(f"d{n} += {text if gone else f'tl.where(rows, {text}, 0.0)'}")
             return
         name = f"d{n}_{j}"
         self.line(f"{name} = {self._weighted(n, f'u{n}_{j}', f'l{{}}_{j}')}")
@@ -507,7 +535,7 @@ class Walker(Writer):
                 self.line(f"{name} = tl.sum({name}, axis={axis}, keep_dims=True)")
 
     def _leave_row(self) -> None:
-        for op in self.sums:
+        for op in self.added:
             self.line(f"a{op.id} += tl.where(rows, {self._need(op.args[0])}, 0.0)")
         for name, op in self.waiting:
             if name is not None and self._row(op.id):

@@ -41,6 +41,21 @@ def power(x):
 
 
 @triton.jit
+def beside(x, WIDE: tl.constexpr):
+    """Offsets of which the compiler knows only that this many columns lie side by side: a thread takes so many of a tile.
+
+    It would lay the tile out for the widest loads, and all that the tile meets alike. They are worked out where they are wanted:
+    a loop does not hold them.
+    """
+    if INTERPRETED:
+        out = x
+    else:
+        out = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1)
+        out = tl.max_contiguous(tl.multiple_of(out, [1, WIDE]), [1, max(2, WIDE)])
+    return out
+
+
+@triton.jit
 def dot(a, b, DT: tl.constexpr):
     """a @ b on the matrix units."""
     if tl.float32 == DT:
