@@ -25,8 +25,8 @@ from lsmc.lowering.backends.triton_emit import Expression, Writer
 
 GROUP = 4
 """Tokens whose loads start together, and whose memories are in registers at once on the way back."""
-COLUMNS, LANE = 32, 16
-"""Columns of V that a program takes at most, and entries of the memory that one of its threads holds."""
+LANE = 8
+"""Entries of the memory that a thread holds."""
 BESIDE = 2
 """Columns that a thread takes side by side."""
 LOG2E = number(1.4426950408889634)
@@ -551,5 +551,5 @@ def writer(program: Program) -> type[Walker] | None:
 def walked(key: int, value: int) -> dict[str, int]:
     """How a program takes its part of the memory: `LANE` entries a thread, one warp where K allows it."""
     rows, columns = (1 << max(0, n - 1).bit_length() for n in (key, value))
-    wide = min(columns, COLUMNS)
+    wide = min(columns, max(32 if rows > 16 else 16, 32 * LANE // rows))
     return {"BK": rows, "BV": wide, "num_warps": min(8, max(1, rows * wide // (32 * LANE))), "num_stages": 1}
