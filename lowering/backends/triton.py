@@ -19,7 +19,7 @@ from lsmc.lowering.backends import triton_tiles
 from lsmc.lowering.backends.triton_cut import WIDE
 from lsmc.lowering.backends.triton_emit import Emitted, emit
 from lsmc.lowering.backends.triton_record import Launched, Likeness, Recording, Room, likeness, recordable
-from lsmc.lowering.backends.triton_scan import walked, writer
+from lsmc.lowering.backends.triton_scan import GROUP, walked, writer
 from lsmc.lowering.backends.triton_sums import gather
 from lsmc.lowering.tuned import store
 from lsmc.lowering.tuned.store import Like, Plan
@@ -142,7 +142,8 @@ class _Launch:
     def __init__(self, compiled: Compiled, inputs: Mapping[str, Tensor], memories: Mapping[str, Tensor | None], chunk: int,
                  cu_seqlens: Tensor | None, dtypes: Mapping[str, torch.dtype]) -> None:
         self.compiled, self.program, self.given, self.memories = compiled, compiled.program, inputs, memories
-        self.chunk, self.dtypes = max(chunk, 16), dtypes  # matrix units take 16 rows at least
+        least = GROUP if any(k.walks for k in compiled.kernels) else 16  # rows that matrix units take
+        self.chunk, self.dtypes = max(chunk, least), dtypes
         chunk = self.chunk
         self.size: dict[str, int] = {"1": 1}
         self.inputs: dict[str, Tensor] = {}
