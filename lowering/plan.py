@@ -40,7 +40,7 @@ def backend(device: str) -> str:
     return os.environ.get("LSMC_BACKEND") or ("triton" if device == "cuda" else "aten")
 
 
-LACKS = {"triton": frozenset({"scan", "scan_grad", "pairs", "pairs_grad", "rename"})}
+LACKS = {"triton": frozenset({"pairs", "pairs_grad", "rename"})}
 """Operations that a backend has no code for."""
 
 
@@ -50,6 +50,10 @@ def able(target: str, program: Program) -> str:
         return "aten"
     if any(program.index[c.inp].dims[0] != "K" for c in program.carries):  # kernels hold memories of K rows
         return "aten"
+    if any(op.kind == "scan" for op in program.ops):
+        from lsmc.lowering.backends.triton_scan import walkable
+
+        return target if walkable(program) else "aten"
     try:
         for carry in program.carries:
             affine.split(Builder(program.ops), program, carry)
