@@ -39,7 +39,7 @@ def backend(device: str) -> str:
     return os.environ.get("LSMC_BACKEND") or ("triton" if device == "cuda" else "aten")
 
 
-LACKS = {"triton": frozenset({"scan", "scan_grad", "pairs", "pairs_grad"})}
+LACKS = {"triton": frozenset({"pairs", "pairs_grad"})}
 """Operations that a backend has no code for."""
 
 
@@ -47,8 +47,12 @@ def able(target: str, program: Program) -> str:
     """The backend `target` where it has code for all of a program, else ATen, which runs on every device."""
     if target == "aten" or LACKS[target] & {op.kind for op in program.ops}:
         return "aten"
-    held = all(program.index[c.inp].dims[0] in ("K", "1") for c in program.carries)  # in the registers of one program
-    return target if held else "aten"
+    rows = {program.index[c.inp].dims[0] for c in program.carries}
+    if any(op.kind == "scan" for op in program.ops):
+        from lsmc.lowering.backends.triton_scan import walkable
+
+        return target if rows == {"K"} and walkable(program) else "aten"
+    return target if rows <= {"K", "1"} else "aten"  # in the registers of one program
 
 
 def ranking(target: str) -> Rank:

@@ -16,6 +16,10 @@ leaves B and T, K·K numbers, and outputs o(0) and P, what the queries read in t
 "again": decays of every entry, and memories over pairs of key dimensions. T is total log decays, K·V numbers; B is the memory
 after a run from zero, o another run, from S.
 
+Of packed sequences the map that a rank sends is that of the last of them that it has tokens of: `since` is where it begins, and
+what stands before counts as no token. What comes in is of the sequence of the rank's first token: it starts from zero on the rank
+`first`, and maps of ranks before are left out.
+
 "again" is also how an output that is no linear function of what is read is found. The operators here are traced through:
 in a compiled graph they are sums and matrix products beside `lsmc::fwd`, and autograd derives their adjoints.
 """
@@ -106,9 +110,9 @@ def _dims(part: sympy.Expr) -> tuple[str, ...]:
 
 
 class _Values(_Evaluator):
-    """Expressions of the inputs of a call, (B, T, HV, K or 1, V or 1); numbers stay numbers."""
+    """Expressions of the inputs of a call, (B, T, HV, K or 1, V or 1); numbers stay numbers. Tiles are zero before `since`."""
 
-    def __init__(self, plan: Plan, inputs: Sequence[Tensor]) -> None:
+    def __init__(self, plan: Plan, inputs: Sequence[Tensor], since: Tensor | None = None) -> None:
         size = ops.extents(plan, inputs)
         given = dict(zip(plan.inputs, inputs, strict=True))
         like, c = size.like, plan.canonical
@@ -120,6 +124,9 @@ class _Values(_Evaluator):
         values = {f: x * plan.scale if f.name == "q" else x for f, x in values.items()}
         super().__init__(values, self.extents, dtype, like.device)
         self.like = like
+        self.counts = None
+        if since is not None:
+            self.counts = (torch.arange(size.tokens, device=like.device) >= since).reshape(1, -1, 1, 1, 1)
 
     def _number(self, value: float) -> Any:
         return value
@@ -136,7 +143,8 @@ class _Values(_Evaluator):
         value = value if isinstance(value, Tensor) else self.like.new_full((1,) * 5, value, dtype=self.dtype)
         value = value.reshape((1,) * 5) if value.dim() == 0 else value
         k, v = (getattr(n, d) if d in dims else value.shape[i] for i, d in ((-2, "K"), (-1, "V")))
-        return value.expand(n.B, n.T, n.HV, k, v)
+        value = value.expand(n.B, n.T, n.HV, k, v)
+        return value if self.counts is None else torch.where(self.counts, value, value.new_zeros(()))
 
     def total(self, expr: sympy.Expr) -> Tensor:
         """The sum over the tokens, (B, HV, …); factors that do not vary over them stand outside of it."""
@@ -180,10 +188,10 @@ def _product(keys: Tensor, values: Tensor, block: int = 256) -> Tensor:
 # --- what is sent
 
 
-def _summary(inputs: Sequence[Tensor], spec: str) -> Tensor:
+def _summary(inputs: Sequence[Tensor], spec: str, since: Tensor | None = None) -> Tensor:
     """(B, HV, n): T and B of a method without reads, from the canonical form alone."""
     plan = ops.plan_of(spec)
-    c, at = plan.canonical, _Values(plan, inputs)
+    c, at = plan.canonical, _Values(plan, inputs, since)
     gk, gv, turn = (None if part is None else at.tile(part) for part in (c.decay_k, c.decay_v, c.phase))
     decay_k, decay_v = (None if g is None else _suffix(g).exp() for g in (gk, gv))
     states: list[Any] = [0.0] * len(c.states)
@@ -209,15 +217,16 @@ def _packed(at: _Values, linear: Sequence[Tensor], states: Sequence[Any], plan: 
     return torch.cat([x.flatten(2) for x in (*full, *states)], 2)
 
 
-def _remembered(inputs: Sequence[Tensor], states: Sequence[Tensor], spec: str) -> Tensor:
+def _remembered(inputs: Sequence[Tensor], states: Sequence[Tensor], spec: str, since: Tensor | None = None) -> Tensor:
     """(B, HV, n) for "again": total log decays, and the memories after a run from zero."""
     plan = ops.plan_of(spec)
-    at = _Values(plan, inputs)
+    at = _Values(plan, inputs, since)
     return _packed(at, [at.total(part) for part in _linear(plan.canonical)], states, plan)
 
 
-def _columns(inputs: Sequence[Tensor], spec: str) -> list[Tensor]:
-    """[o(0), P, the summary] of a method with reads: one run, with the memory I in columns of their own."""
+def _columns(inputs: Sequence[Tensor], spec: str, cu_seqlens: Tensor | None = None, last: Tensor | None = None) -> list[Tensor]:
+    """[o(0), P, the summary] of a method with reads: one run, with the memory I in columns of their own. Of packed sequences the
+    summary is that of the one with the index `last`, (1,)."""
     plan = ops.plan_of(spec)
     size = ops.extents(plan, inputs)
     fields = {f.name: f for f in plan.canonical.inputs}
@@ -225,9 +234,11 @@ def _columns(inputs: Sequence[Tensor], spec: str) -> list[Tensor]:
     wider = [torch.nn.functional.pad(x, (0, many * K)) if "V" in fields[name].dims else x
              for name, x in zip(plan.inputs, inputs, strict=True)]
     one = torch.eye(many * K, dtype=ops.state_dtype(size.like.dtype), device=size.like.device)
-    start = [torch.nn.functional.pad(rows, (V, 0)).expand(size.batch, size.heads, K, V + many * K)
+    sequences = size.batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    start = [torch.nn.functional.pad(rows, (V, 0)).expand(sequences, size.heads, K, V + many * K)
              for rows in one.split(K)]
-    o, *ends = torch.ops.lsmc.fwd.default(wider, [s.contiguous() for s in start], None, spec)[: 1 + many]
+    o, *ends = torch.ops.lsmc.fwd.default(wider, [s.contiguous() for s in start], cu_seqlens, spec)[: 1 + many]
+    ends = ends if last is None else [e.index_select(0, last) for e in ends]
     made = torch.cat([e[..., V:] for e in ends], 2).flatten(2), torch.cat([e[..., :V] for e in ends], 2).flatten(2)
     return [o[..., :V].contiguous(), o[..., V:].contiguous(), torch.cat(made, 2)]
 
@@ -236,25 +247,37 @@ def _columns(inputs: Sequence[Tensor], spec: str) -> list[Tensor]:
 
 
 def _incoming(parts: Tensor, start: Sequence[Tensor], rank: Tensor | None, size: int, sizes: Sequence[int],
-              spec: str) -> list[Tensor]:
+              spec: str, first: Tensor | None = None) -> list[Tensor]:
     """The memories before the first token of this rank, from what all ranks sent, (size · B, HV, n); after the last of all
-    tokens where there is no `rank`. `sizes` are K and V."""
+    tokens where there is no `rank`. `sizes` are K and V; ranks before `first` have no part in it.
+
+    Maps of neighbours are composed in pairs, then those of pairs, and so on: log₂(size) steps."""
     c, columns = ops.plan_of(spec).canonical, way(spec)[0] == "columns"
     extent = dict(zip("KV", sizes))
     shapes = [_shape(f, *sizes) for f in c.states]
     many = len(shapes)
     linear = ([(many * extent["K"],) * 2] if columns
               else [tuple(extent[d] if d in _dims(p) else 1 for d in "KV") for p in _linear(c)])
-    parts = parts.unflatten(0, (size, -1))
-    states = list(start) or [parts.new_zeros(*parts.shape[1:3], *shape) for shape in shapes]
-    for r in range(size):
-        *moves, = (x.unflatten(2, s) for x, s in zip(parts[r].split([a * b for a, b in (*linear, *shapes)], 2),
-                                                     (*linear, *shapes), strict=True))
-        added = moves[len(linear) :]
-        new = (moves[0] @ torch.cat(states, 2)).split(extent["K"], 2) if columns else _decayed(c, moves, states)
-        new = [x + y for x, y in zip(new, added, strict=True)]
-        states = new if rank is None else [torch.where(r < rank, x, y) for x, y in zip(new, states, strict=True)]
-    return states
+    pieces = parts.unflatten(0, (size, -1)).split([a * b for a, b in (*linear, *shapes)], -1)
+    maps = [x.unflatten(-1, shape) for x, shape in zip(pieces, (*linear, *shapes), strict=True)]
+    if rank is not None:
+        ranks = torch.arange(size, device=parts.device)
+        before = (ranks < rank if first is None else (ranks >= first) & (ranks < rank)).reshape(-1, 1, 1, 1, 1)
+        one = torch.eye(many * extent["K"], dtype=parts.dtype, device=parts.device) if columns else parts.new_zeros(())
+        maps = [torch.where(before, x, one if i < len(linear) else parts.new_zeros(())) for i, x in enumerate(maps)]
+
+    def after(then: Sequence[Tensor], states: Sequence[Tensor]) -> list[Tensor]:
+        moves, added = then[: len(linear)], then[len(linear) :]
+        new = (moves[0] @ torch.cat(list(states), -2)).split(extent["K"], -2) if columns else _decayed(c, moves, states)
+        return [x + y for x, y in zip(new, added, strict=True)]
+
+    while (n := maps[0].shape[0]) > 1:
+        left, then, odd = ([x[i:j:2] for x in maps] for i, j in ((0, n - n % 2), (1, n), (n - n % 2, n)))
+        moves = [b @ a if columns else a + b for a, b in zip(left[: len(linear)], then)]
+        pairs = [*moves, *after(then, left[len(linear) :])]
+        maps = [torch.cat([x, y]) for x, y in zip(pairs, odd, strict=True)] if n % 2 else pairs
+    maps = [x[0] for x in maps]
+    return after(maps, start) if start else maps[len(linear) :]
 
 
 def _decayed(c: Canonical, linear: Sequence[Tensor], states: Sequence[Tensor]) -> list[Tensor]:
@@ -312,23 +335,27 @@ def _through(o: Tensor, through: Tensor, states: Sequence[Tensor]) -> Tensor:
 def _exact(function: Any) -> Any:
     """No autocast inside: memories are float32."""
     @functools.wraps(function)
-    def run(*args: Any) -> Any:
+    def run(*args: Any, **options: Any) -> Any:
         first = args[0] if isinstance(args[0], Tensor) else args[0][0]
         with ops._as_given(first.device):
-            return function(*args)
+            return function(*args, **options)
 
     return run
 
 
+OPERATORS = ("summary", "remembered", "columns", "incoming", "corrected", "through")
+"""Names of the operators, in the namespace `lsmc`."""
+
 for _signature, _function in {
-    "summary(Tensor[] inputs, str spec) -> Tensor": _summary,
-    "remembered(Tensor[] inputs, Tensor[] states, str spec) -> Tensor": _remembered,
-    "columns(Tensor[] inputs, str spec) -> Tensor[]": _columns,
-    "incoming(Tensor parts, Tensor[] start, Tensor? rank, int size, int[] sizes, str spec) -> Tensor[]": _incoming,
+    "summary(Tensor[] inputs, str spec, Tensor? since=None) -> Tensor": _summary,
+    "remembered(Tensor[] inputs, Tensor[] states, str spec, Tensor? since=None) -> Tensor": _remembered,
+    "columns(Tensor[] inputs, str spec, Tensor? cu_seqlens=None, Tensor? last=None) -> Tensor[]": _columns,
+    "incoming(Tensor parts, Tensor[] start, Tensor? rank, int size, int[] sizes, str spec, Tensor? first=None)"
+    " -> Tensor[]": _incoming,
     "corrected(Tensor o, Tensor[] inputs, Tensor[] states, str spec) -> Tensor": _corrected,
     "through(Tensor o, Tensor through, Tensor[] states) -> Tensor": _through,
 }.items():
     _library.define(_signature)
     _library.impl(_signature.partition("(")[0], _exact(_function), "CompositeImplicitAutograd")
 
-__all__ = ["message", "way"]
+__all__ = ["OPERATORS", "message", "way"]

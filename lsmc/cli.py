@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,12 +32,10 @@ def list_() -> None:
         table.add_column(column, no_wrap=True)
     for row in rows:
         table.add_row(*map(escape, row.values()))
-    console = _console()
-    console.width = max(console.width, console.measure(table, options=console.options.update(max_width=1000)).maximum)
-    console.print(table)
+    _show(table)
     said = ("state, message: numbers per head; the message is what a rank that shares a sequence sends, whatever its length",
             "chunk form: products of pairs of tokens; solve, a triangular system beside them; scan, token by token")
-    console.print("\n[dim]" + "\n".join(said) + "[/]")
+    _console().print("\n[dim]" + "\n".join(said) + "[/]")
 
 
 def explain(
@@ -45,7 +44,7 @@ def explain(
     stage: Annotated[str | None, arg(help="print this stage alone; `--stage list` names the stages")] = None,
     shape: Annotated[str | None, arg(help="B,T,H,K,V at which schedules are weighed")] = None,
     out: Annotated[Path | None, arg(aliases=("-o",), help="write a page instead, with pictures, kernels and laws")] = None,
-    mesh: Annotated[str | None, arg(help="the method in a model on this mesh, such as sp=4,dp=2: what its ranks exchange")] = None,
+    mesh: Annotated[str | None, arg(help="a model on this mesh, such as sp=4,dp=2: what ranks exchange; drawn with --out")] = None,
     size: Annotated[str, arg(help="with --mesh, the model's configuration")] = "tiny",
     pattern: Annotated[str | None, arg(help="with --mesh, its layers, such as LLLN")] = None,
     batch: Annotated[int, arg(help="with --mesh, sequences in a step, on all ranks")] = 8,
@@ -55,12 +54,13 @@ def explain(
     from lsmc.errors import LsmNameError
 
     console = _console()
-    if mesh is not None:
-        console.print(_exchanges(method, mesh, size, pattern, batch, tokens))
+    ranks = None if mesh is None else _ranks(method, mesh, size, pattern, batch, tokens)
+    if out is None and ranks is not None:
+        _exchanges(ranks)
         return
     explanation = _explanation(method, shape)
     if out is not None:
-        console.print(escape(f"{explanation.html(out)} explains {explanation.name}"))
+        console.print(escape(f"{explanation.html(out, ranks=ranks)} explains {explanation.name}"))
         return
     stages = explanation.stages()
     if stage == "list":
@@ -77,33 +77,109 @@ def explain(
             sys.stdout.flush()
 
 
-def _exchanges(method: str, mesh: str, size: str, pattern: str | None, batch: int, tokens: int) -> Table:
-    """What the ranks of a mesh exchange in a step of a model: equal messages in one row."""
+def _ranks(method: str, mesh: str, size: str, pattern: str | None, batch: int, tokens: int) -> Any:
+    """A model's graph on a mesh, without a rank of it."""
     import torch
     from torch._subclasses import FakeTensorMode
 
+    from lsmc.explanation.ranks import Ranks
     from lsmc.models import HybridMoE, config
-    from lsmc.runtime.traffic import Message, capture, parse, traffic
+    from lsmc.runtime.traffic import capture, parse
 
     axes = parse(mesh)
     layers = {} if pattern is None else {"pattern": pattern}
     with FakeTensorMode():  # sizes without numbers
         model = HybridMoE(config(size, lsm=_resolve(method), **layers))
         text = torch.zeros(batch, tokens, dtype=torch.int64)
-        found = traffic(capture(model, axes, text, text), axes)
-    table = Table(box=None, pad_edge=False, title_justify="left",
-                  title=f"What a rank of {mesh} receives in one step of {size}: {batch} × {tokens} tokens, float32")
-    for column in ("axis", "of", "times", "forward", "bytes", "backward", "bytes", "overlaps"):
+        said = f"One step of {size}, {model.config.pattern}, on a mesh of {mesh}: {batch} × {tokens:,} tokens, float32."
+        return Ranks(capture(model, axes, text, text), axes, said)
+
+
+def _exchanges(ranks: Any) -> None:
+    """What a rank receives: equal messages in one row."""
+    from lsmc.runtime.traffic import totals, traffic
+
+    header, rows = totals(traffic(ranks.module, ranks.axes))
+    table = Table(box=None, pad_edge=False, title_justify="left", title=escape(ranks.said))
+    for column in header:
         table.add_column(column, no_wrap=column != "of", justify="right" if column in ("times", "bytes") else "left")
-    rows: dict[tuple[str, ...], list[Message]] = {}
-    for m in found:
-        rows.setdefault((m.axis, m.of, m.forward, m.backward), []).append(m)
-    for (axis, of, forward, backward), many in rows.items():
-        there, back = sum(m.forward_bytes for m in many), sum(m.backward_bytes for m in many)
-        hidden = min(m.behind for m in many)
-        table.add_row(axis, escape(of), str(len(many)), forward, f"{there:,}" if there else "", backward,
-                      f"{back:,}" if back else "", f"{hidden} operations" if hidden else "")
-    return table
+    for row in rows:
+        table.add_row(*map(escape, row))
+    _console().print(table)
+
+
+def scaling(
+    methods: Annotated[Positional[tuple[str, ...]], arg(metavar="METHOD …", help="methods of the zoo, or FILE.py:NAME")],
+    /,
+    times: Annotated[tuple[Path, ...], arg(help="what one GPU takes: files of `lsmc bench … --against sdpa --out`, or of layers")],
+    ranks: Annotated[tuple[int, ...], arg(help="how many share the sequence")] = (8, 64, 1024),
+    tokens: Annotated[int, arg(help="of a sequence, on each rank")] = 65536,
+    batch: Annotated[int, arg(help="sequences")] = 1,
+    size: Annotated[str, arg(help="the model's configuration, whose layers these are")] = "a0.3b-2b",
+    per_node: Annotated[int, arg(help="GPUs of a node")] = 8,
+    nvlink: Annotated[float, arg(help="GB/s of a GPU in one direction, within a node")] = 450.0,
+    network: Annotated[float, arg(help="GB/s of a GPU in one direction, between nodes")] = 50.0,
+    markdown: Annotated[bool, arg(help="print the table as Markdown")] = False,
+) -> None:
+    """Simulate layers with as many tokens on every rank of `sp`: bytes from their graphs, times as measured on one GPU."""
+    from lsmc.runtime import scaling as model
+
+    machine = model.Machine(per_node=per_node, nvlink=nvlink * 1e9, network=network * 1e9)
+    measured = [t for path in times for t in model.times(path)]
+    rows, notes = [["layer", "ranks", "exchange", "MB received", "forward ms", "backward ms", "÷ one GPU", ""]], {}
+    for name in (*methods, model.SOFTMAX):
+        for many in ranks:
+            layer = _layer(name, size, batch, tokens, many)
+            operator, rest = (sum(x) * 1e3 for x in model.alone(layer, measured))
+            more = f", {rest:.2f} ms of the rest of its layer" if rest else " (no time of a whole layer)"
+            notes[layer.name] = f"{layer.name} on one GPU: {operator:.2f} ms of the operator{more}"
+            for step in model.simulate(layer, measured, machine):
+                there = [f"{x * 1e3:.2f}" for x in step.seconds or ()]
+                share = [f"{sum(step.seconds) / step.alone:.2f}"] if step.seconds else ["–"] * 3
+                rows.append([layer.name, str(many), step.way, f"{step.received / 1e6:,.1f}", *there, *share, step.note])
+    _print(rows, markdown, f"{batch} × {tokens} tokens on each rank, {per_node} GPUs a node: simulated")
+    _console().print(escape("\n".join(notes.values())))
+
+
+def _print(rows: Sequence[Sequence[str]], markdown: bool, title: str) -> None:
+    """A table whose first row is its header."""
+    if markdown:
+        header, *rest = rows
+        sys.stdout.write("".join(f"| {' | '.join(row)} |\n" for row in (header, ["---"] * len(header), *rest)) + "\n")
+        return
+    table = Table(box=None, pad_edge=False, title=escape(title), title_justify="left")
+    for column in rows[0]:
+        table.add_column(column, no_wrap=True, justify="left" if column in ("layer", "exchange", "") else "right")
+    for row in rows[1:]:
+        table.add_row(*map(escape, row))
+    _show(table)
+
+
+def _layer(name: str, size: str, batch: int, tokens: int, ranks: int) -> Any:
+    """What a mixer of a model asks of ranks with `tokens` each: its graphs, without weights."""
+    import torch
+    from torch._subclasses import FakeTensorMode
+
+    from lsmc.models import config
+    from lsmc.models.blocks import Attention, LinearMixer
+    from lsmc.runtime.mesh import Axis
+    from lsmc.runtime.scaling import SOFTMAX, Layer
+    from lsmc.runtime.traffic import capture
+
+    axis, before = Axis("sp", ranks, "sp"), torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    with FakeTensorMode(), contextlib.ExitStack() as after:
+        after.callback(torch.set_default_dtype, before)
+        if name == SOFTMAX:
+            mixer: torch.nn.Module = Attention(config(size))
+        else:
+            mixer = LinearMixer(config(size, lsm=(declared := _resolve(name))))
+            name = declared.name
+
+        def graph(axes: dict[str, Axis], ranks: int) -> Any:
+            return capture(lambda x: mixer(x).sum(), axes, torch.zeros(batch, ranks * tokens, config(size).hidden))
+
+        return Layer.read(name, graph({"sp": axis}, ranks), graph({}, 1), axis)
 
 
 def check(
@@ -250,6 +326,7 @@ LATE: dict[str, Callable[[Sequence[str]], None]] = {"train": _train, "generate":
 COMMANDS: dict[str, Callable[..., Any]] = {
     "list": list_,
     "explain": explain,
+    "scaling": scaling,
     "check": check,
     "train": train,
     "generate": generate,
@@ -286,6 +363,13 @@ def _is_users_mistake(error: Exception) -> bool:
     from lsmc.errors import LsmError
 
     return isinstance(error, LsmError)
+
+
+def _show(table: Table) -> None:
+    """A table as wide as it is."""
+    console = _console()
+    console.width = max(console.width, console.measure(table, options=console.options.update(max_width=1000)).maximum)
+    console.print(table)
 
 
 def _console() -> Console:

@@ -30,6 +30,9 @@ _T = TypeVar("_T")
 CHUNK = 64
 """Tokens per chunk where nothing else is asked for."""
 
+WALK = 16
+"""The most tokens between memories that are kept where kernels go token by token: on the way back they work out those between."""
+
 TYPICAL = Shape(sequences=128, tokens=4096, key=128, value=128, chunk=CHUNK)
 """The sizes that schedules are ranked at while the real ones are symbolic."""
 
@@ -75,6 +78,9 @@ def compile_plan(canonical: Canonical, options: Options, shape: Shape = TYPICAL)
     _log("chunk", forward)
     _log("backward", backward)
     target = able(options.target, chunk)
+    if canonical.matrix and target == "triton":
+        options = replace(options, chunk=min(options.chunk, WALK))
+        shape = replace(shape, chunk=options.chunk)
     cuts = tuple(CUTS[n] for n in CUTS if options.schedule in (None, n))
 
     def direction(program: Program, before: Direction | None = None) -> Direction:

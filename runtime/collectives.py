@@ -9,6 +9,8 @@ ranks is meant). A cotangent of a whole value is whole, of a split value split. 
 | `summed`: all-reduce | partial → whole | `shared` |
 | `part`: own slice | whole → split | `whole` |
 | `whole`: all-gather | split → whole | `part` |
+| `scattered`: reduce-scatter | partial → split | `whole` without its adjoint: all-gather |
+| `gathered`: all-gather | split → whole, used with what is split | `scattered` |
 | `gather`: all-gather | split → all parts, which each rank uses in its own way | `scatter` |
 | `scatter`: reduce-scatter | all parts, partial → split | `gather` |
 
@@ -55,6 +57,11 @@ def _slice(x: Tensor, dim: int, size: int, group: str) -> Tensor:
 def _join(x: Tensor, dim: int, size: int, group: str) -> Tensor:
     pending = _collectives.all_gather_into_tensor.default(x.contiguous(), size, group)
     return _beside(_collectives.wait_tensor.default(pending), size, dim)
+
+
+def _scatter(x: Tensor, dim: int, size: int, group: str) -> Tensor:
+    parts = x.unflatten(dim, (size, -1)).movedim(dim, 0).contiguous()
+    return _collectives.wait_tensor.default(_collectives.reduce_scatter_tensor.default(parts, "sum", size, group)).squeeze(0)
 
 
 def _beside(x: Tensor, size: int, dim: int) -> Tensor:
@@ -127,6 +134,8 @@ _define("summed(Tensor x, str group) -> Tensor", _sum, _same)
 _define("part(Tensor x, int dim, int size, str group) -> Tensor", _slice, _join)
 _define("whole(Tensor x, int dim, int size, str group) -> Tensor", _join, _slice)
 
+_define("scattered(Tensor x, int dim, int size, str group) -> Tensor", _scatter, _join)
+_define("gathered(Tensor x, int dim, int size, str group) -> Tensor", _join, _scatter)
 _define("dealt(Tensor x, int dim, int[] spans, int size, str group) -> Tensor", _deal, _rejoin_sum)
 _define("joined(Tensor x, int dim, int[] spans, int size, str group) -> Tensor", _rejoin, _deal)
 
@@ -171,6 +180,16 @@ def whole(x: Any, dim: int, axis: Axis) -> Any:
     return torch.ops.lsmc.whole.default(x, dim, axis.size, axis.group)
 
 
+def scattered(x: Any, dim: int, axis: Axis) -> Any:
+    """This rank's part along `dim` of the sum over the ranks."""
+    return torch.ops.lsmc.scattered.default(x, dim, axis.size, axis.group)
+
+
+def gathered(x: Any, dim: int, axis: Axis) -> Any:
+    """All parts side by side along `dim`, about to meet split values; cotangents are summed over the ranks."""
+    return torch.ops.lsmc.gathered.default(x, dim, axis.size, axis.group)
+
+
 def dealt(x: Any, dim: int, spans: list[int], axis: Axis) -> Any:
     """Of each span (a, b, a, b, …) along `dim` this rank's part, and what lies between spans, which is inner."""
     return torch.ops.lsmc.dealt.default(x, dim, spans, axis.size, axis.group)
@@ -201,4 +220,4 @@ def arrived(x: Any) -> Any:
     return _collectives.wait_tensor.default(x)
 
 
-__all__ = ["arrived", "gather", "part", "rank", "scatter", "shared", "summed", "whole"]
+__all__ = ["arrived", "gather", "gathered", "part", "rank", "scatter", "scattered", "shared", "summed", "whole"]

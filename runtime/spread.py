@@ -312,10 +312,14 @@ class Spread:
         assert isinstance(split, Split)
         if split.ahead:
             raise LsmMeshError(f"an output holds tokens twice over axis {self.axis.name!r}")
+        return self._joined(value, collectives.whole)
+
+    def _joined(self, value: Any, join: Callable[..., Any]) -> Any:
+        """All parts of a value side by side."""
+        split = self.of(value)
         if split.outer == 1:
-            return collectives.whole(value, split.dim, self.axis)
-        apart = value.unflatten(split.dim, (split.outer, -1))
-        return collectives.whole(apart, split.dim + 1, self.axis).flatten(split.dim, split.dim + 1)
+            return join(value, split.dim, self.axis)
+        return join(value.unflatten(split.dim, (split.outer, -1)), split.dim + 1, self.axis).flatten(split.dim, split.dim + 1)
 
     def global_shape(self, value: Value) -> tuple[int, ...]:
         """The shape of the whole of which `value` is a part."""
@@ -364,12 +368,18 @@ def pointwise(s: Spread, node: Node, *args: Any, **kwargs: Any) -> Value:
         d = split.dim + v.ndim
         if d < 0 or v.shape[d] == 1:
             return s.used(v)
-        if split.outer > 1 or split.ahead:
-            raise s.refused(node, "meets a whole value where their dimension is merged with others")
-        return s.taken(v, d)
+        return beside(s, node, v, split, d)
 
     value = s.writer.call(node, *tree_map(fit, (args, kwargs)))
     return s.mark(value, replace(split, dim=split.dim + value.ndim))
+
+
+def beside(s: Spread, node: Node, v: Value, split: Split, dim: int) -> Value:
+    """The part of a whole operand that stands beside parts of another."""
+    if split.outer > 1 or split.ahead:
+        raise s.refused(node, "meets a whole value where their dimension is merged with others")
+    part: Value = s.taken(v, dim)
+    return part
 
 
 def along(position: int, default: Any) -> Rule:
@@ -488,7 +498,7 @@ def joined(s: Spread, node: Node, xs: Sequence[Value], dim: int = 0, **kwargs: A
     n = xs[0].ndim
     if name_of(node) != "stack" and (dim % n) == split.dim + n:
         raise s.refused(node, "joins along the dimension that holds them")
-    values = [v if s.of(v) is not None else s.taken(v, split.dim + n) for v in xs]
+    values = [v if s.of(v) is not None else beside(s, node, v, split, split.dim + n) for v in xs]
     return s.follow(node, s.writer.call(node, (values, dim), kwargs), split)
 
 
@@ -522,6 +532,7 @@ def scatter_add(s: Spread, node: Node, x: Value, dim: int, index: Value, values:
     split = s.only(node, index, values)
     if s.of(x) is not None or split.dim + index.ndim != dim % index.ndim:
         raise s.refused(node, "adds to them")
+    index, values = (v if s.of(v) is not None else beside(s, node, v, split, v.ndim + split.dim) for v in (index, values))
     zeros = x.new_zeros(tuple(x.shape))
     return x + collectives.summed(zeros.scatter_add(dim, index, values), s.axis)
 
@@ -534,7 +545,7 @@ def cross_entropy(s: Spread, node: Node, x: Value, target: Value, weight: Any = 
     split = s.of(x)
     if split is None or split.dim == min(1, x.ndim - 1):
         raise s.refused(node, "goes along the dimension that holds them")
-    target = target if s.of(target) is not None else s.taken(target, 0)
+    target = target if s.of(target) is not None else beside(s, node, target, split, 0)
     options: Any = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
     if reduction == "none":
         return s.follow(node, F.cross_entropy(x, target, reduction="none", **options), split)
@@ -551,7 +562,7 @@ def checkpointed(s: Spread, node: Node, body: Value, *args: Any, **kwargs: Any) 
     given = [(v.example, s.of(v)) if isinstance(v, Value) else (v, None) for v in args]
     places = tuple(place for _, place in given)
     if inner not in s.bodies:
-        within = Spread(s.axis, s.dim, s.rules)
+        within = type(s)(s.axis, s.dim, s.rules)
         within.changes, within.regions = s.changes, s.regions
         s.bodies[inner] = places, within._graph(inner, given)
     known, (values, found) = s.bodies[inner]

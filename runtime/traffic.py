@@ -6,7 +6,7 @@ twice (W − 1) / W of the tensor in an all-reduce. Backward ones follow from th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +19,15 @@ from lsmc.lowering.inductor import PASSES
 from lsmc.runtime.insert import example, passes, source
 from lsmc.runtime.mesh import Axis, sizes
 from lsmc.runtime.plans import PLANS
+from lsmc.runtime.spread import name_of
 
 
 @dataclass(frozen=True)
 class Message:
     """One exchange over an axis: what is done forward and backward, for what, and how much a rank receives.
 
-    behind   how many operations of the graph stand between the forward message and its arrival
+    behind     how many operations of the graph stand between the forward message and its arrival
+    operators  how many of them are LSM operators
     """
 
     axis: str
@@ -35,6 +37,7 @@ class Message:
     forward_bytes: int
     backward_bytes: int
     behind: int
+    operators: int
 
 
 def parse(text: str) -> dict[str, Axis]:
@@ -74,20 +77,47 @@ def capture(model: Callable[..., Any], axes: Mapping[str, Axis], *arguments: Ten
     return graphs[0]
 
 
-def traffic(module: GraphModule, axes: Mapping[str, Axis]) -> list[Message]:
-    """All exchanges of a graph, and of the regions in it, in order."""
+def messages(module: GraphModule, axes: Mapping[str, Axis]) -> Iterator[tuple[Node, Message]]:
+    """All exchanges of a graph, and of the regions in it, in order, each with the node that issues it."""
     by_group = {axis.group: axis for axis in axes.values()}
-    found = []
     for inner in module.modules():
         if isinstance(inner, GraphModule):
             order = {node: i for i, node in enumerate(inner.graph.nodes)}
-            found += [m for node in order if (m := _message(node, by_group, order)) is not None]
-    return found
+            for node in order:
+                if (message := _message(node, by_group, order)) is not None:
+                    yield node, message
 
+
+def traffic(module: GraphModule, axes: Mapping[str, Axis]) -> list[Message]:
+    """All exchanges of a graph, and of the regions in it, in order."""
+    return [message for _, message in messages(module, axes)]
+
+
+def totals(found: Sequence[Message]) -> tuple[list[str], list[list[str]]]:
+    """A table of messages, equal ones in one row."""
+    rows: dict[tuple[str, ...], list[Message]] = {}
+    for m in found:
+        rows.setdefault((m.axis, m.of, m.forward, m.backward), []).append(m)
+    lines = []
+    for (axis, of, forward, backward), many in rows.items():
+        there, back = sum(m.forward_bytes for m in many), sum(m.backward_bytes for m in many)
+        hidden = min(m.behind for m in many)
+        lines.append([axis, of, str(len(many)), forward, f"{there:,}" if there else "", backward, f"{back:,}" if back else "",
+                      f"{hidden} operations" if hidden else ""])
+    return ["axis", "of", "times", "forward", "bytes", "backward", "bytes", "overlaps"], lines
+
+
+def arrival(node: Node) -> Node:
+    """Where what a node issued is needed: its wait, or itself."""
+    return next((user for user in node.users if "wait_tensor" in str(user.target)), node)
+
+
+PARAMETERS = "gradients of parameters"
 
 _KINDS = {
     "all_gather_into_tensor": ("all-gather", "reduce-scatter"), "reduce_scatter_tensor": ("reduce-scatter", "all-gather"),
     "shared": ("", "all-reduce"), "summed": ("all-reduce", ""), "part": ("", "all-gather"), "whole": ("all-gather", ""),
+    "scattered": ("reduce-scatter", "all-gather"), "gathered": ("all-gather", "reduce-scatter"),
     "dealt": ("", "all-gather"), "joined": ("all-gather", ""), "kept": ("", "all-reduce"),
 }  # fmt: skip
 
@@ -100,14 +130,15 @@ def _message(node: Node, axes: Mapping[str, Axis], order: Mapping[Node, int]) ->
     sent = example(node.args[0])  # type: ignore[arg-type]
     size = sent.numel() * sent.itemsize
     factor = {"all-gather": axis.size - 1, "reduce-scatter": axis.size - 1, "all-reduce": 2 * (axis.size - 1) / axis.size, "": 0}
-    if name in ("reduce_scatter_tensor", "part"):
+    if name in ("reduce_scatter_tensor", "scattered", "part"):
         size //= axis.size
     back = factor[backward] if sent.requires_grad and example(node).requires_grad else 0
-    wait = next((user for user in node.users if "wait_tensor" in str(user.target)), node)
-    behind = max(0, order[wait] - order[node] - 1)
+    behind = list(order)[order[node] + 1 : order[arrival(node)]]
     if not factor[forward] and not back:
         return None
-    return Message(axis.name, forward, backward if back else "", _of(node), int(size * factor[forward]), int(size * back), behind)
+    operators = sum(name_of(n) == "lsmc.fwd" for n in behind)
+    return Message(axis.name, forward, backward if back else "", _of(node), int(size * factor[forward]), int(size * back),
+                   len(behind), operators)
 
 
 def _of(node: Node) -> str:
@@ -116,10 +147,10 @@ def _of(node: Node) -> str:
     while getattr(first.target, "namespace", "") == "lsmc" and isinstance(first.args[0], Node):
         first = first.args[0]
     if isinstance(example(first), torch.nn.Parameter):
-        return "gradients of parameters"
+        return PARAMETERS
     if "lsm" in node.meta:
         return f"memories of {node.meta['lsm'].name}"
     return (source(node) or ["", "arguments"])[1]
 
 
-__all__ = ["Message", "capture", "parse", "traffic"]
+__all__ = ["PARAMETERS", "Message", "arrival", "capture", "messages", "parse", "totals", "traffic"]

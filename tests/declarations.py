@@ -185,7 +185,7 @@ MATRICES: dict[str, Callable[[], Decay]] = {
 
 @dataclass(frozen=True)
 class Wider:
-    """The choices of a declaration without kernels: reads at a block's start, keys of pairs, or a decay of matrices."""
+    """The choices of a declaration beyond products of tiles: reads at a block's start, keys of pairs, or a decay of matrices."""
 
     decay: str
     key: str = "plain"
@@ -206,7 +206,7 @@ class Wider:
 
 @st.composite
 def wider(draw: st.DrawFn) -> Wider:
-    """Choices that make a declaration with a chunk form for which there are no kernels."""
+    """Choices that make a declaration whose chunk form is more than products of tiles."""
     kind = draw(st.sampled_from(["block", "block", "pairs", "matrix"]))
     plain = [name for name in READOUTS if name not in ("normaliser", "bonus", "two queries")]
     if kind == "block":

@@ -28,7 +28,7 @@ import lsmc.pipeline
 from lsmc import M, k, outer, q, scalar, v, vector
 from lsmc.cases import Case, Sample, sample, tensors
 from lsmc.laws import _gradients
-from tests.declarations import Drawn
+from tests.declarations import Drawn, Wider
 
 GUARD = 64
 """Elements of NaN on either side of a tensor."""
@@ -65,7 +65,7 @@ OWN = {
 class Job:
     """One comparison: a method of the zoo by name, one of `OWN`, or drawn choices, on one case under one schedule."""
 
-    method: str | Drawn
+    method: str | Drawn | Wider
     case: Case
     schedule: str | None = None
     dtype: str = "float32"
@@ -75,7 +75,7 @@ class Job:
     options: tuple[tuple[str, Any], ...] = field(default=())
 
     def declaration(self) -> Any:
-        if isinstance(self.method, Drawn):
+        if not isinstance(self.method, str):
             return self.method.declaration()
         return OWN[self.method]() if self.method in OWN else getattr(lsmc.zoo, self.method)
 
@@ -106,7 +106,8 @@ def arrange(x: Tensor, layout: str) -> Tensor:
     if layout == "strided" and rank >= 3:  # as a slice of a fused projection whose heads come first
         wide = torch.full([shape[0], shape[2] + 1, shape[1] + 2, *[2 * n + 3 for n in shape[3:]]], torch.nan, dtype=x.dtype)
         out = wide[:, 1:, 1:-1].transpose(1, 2)
-        out = out[..., 2 : 2 + shape[3]] if rank == 4 else out
+        for n in range(3, rank):
+            out = out.narrow(n, 2, shape[n])
     elif layout == "columns" and rank >= 3:  # the last dimension has gaps
         out = torch.full([*shape[:-1], 2 * shape[-1]], torch.nan, dtype=x.dtype)[..., ::2]
     else:

@@ -13,7 +13,6 @@ import sympy
 from lsmc import affine
 from lsmc.affine import Affine
 from lsmc.ir import Builder, Carry, Dims, LsmIRError, Op, Program, Scanned, operand
-from lsmc.keep import cotangents
 
 Factor = tuple[int, bool]
 """A matrix and whether it is transposed."""
@@ -21,10 +20,6 @@ Factor = tuple[int, bool]
 
 class _Values(Builder):
     """A builder that can be asked what is there already."""
-
-    def __init__(self, program: Program) -> None:
-        super().__init__()
-        self.cotangents = {program.index[i].attrs for i in cotangents(program)}
 
     def known(self, kind: str, dims: Dims, *args: int, **attrs: object) -> int | None:
         return self._seen.get((dims, kind, args, tuple(attrs.items())))
@@ -46,11 +41,7 @@ class _Values(Builder):
         return self.map(expr, *operands)
 
     def summed(self, terms: list[int]) -> int:
-        """The sum of values, with running sums taken once, of the sum of what they sum.
-
-        Beside running sums against time those along it turn around, if a cotangent enters what they sum (else it may be
-        −inf): the sum up to a row is the sum of all rows less that of the rows after it.
-        """
+        """The sum of values, with running sums of one direction taken once, of the sum of what they sum."""
         alone, running = [], {False: list[int](), True: list[int]()}
         for i in terms:
             sums = self.ops[self.ops[i].args[0] if self.ops[i].kind == "shift" else i]
@@ -58,32 +49,14 @@ class _Values(Builder):
                 alone.append(i)
             else:
                 running[sums.attr("reverse")].append(i)
-        along, against = running.values()
-        turned = along if against and self.late.issuperset(self._summed(i)[0] for i in along) else []
-        rest = [self.map(-operand(0), x if exclusive else self.shift(x, reverse=True))
-                for x, exclusive in map(self._summed, turned)]
-        alone += [self.expand(self.sum(self._summed(i)[0], 0), self.dims(i)) for i in turned]
-        for same, others, reverse in (([] if turned else along), [], False), (against, rest, True):
-            if len(same) + len(others) < 2:
+        for reverse, same in running.items():
+            if len(same) < 2:
                 alone += same
                 continue
-            parts = [self.shift(x, reverse) if exclusive else x for x, exclusive in map(self._summed, same)]
-            alone.append(self.cumsum(self.add(*parts, *others), reverse=reverse))
+            parts = [self.shift(self.ops[op.args[0]].args[0], reverse) if op.kind == "shift" else op.args[0]
+                     for op in (self.ops[i] for i in same)]
+            alone.append(self.cumsum(self.add(*parts), reverse=reverse))
         return self.add(*alone)
-
-    def _summed(self, i: int) -> tuple[int, bool]:
-        """What this running sum sums, and whether it is exclusive."""
-        op = self.ops[i]
-        return (self.ops[op.args[0]].args[0], True) if op.kind == "shift" else (op.args[0], False)
-
-    @property
-    def late(self) -> set[int]:
-        """The values that a cotangent enters."""
-        late = set[int]()
-        for op in self.ops:
-            if (op.kind == "input" and op.attrs in self.cotangents) or not late.isdisjoint(op.args):
-                late.add(op.id)
-        return late
 
     def shift(self, a: int, reverse: bool) -> int:
         """Every row moved to the next one (in reverse: the one before): what makes a running sum exclusive."""
@@ -140,7 +113,7 @@ def rewrite(program: Program) -> Program:
 
     `partials` gives ∂F/∂X, ∂F/∂Y, ∂F/∂G of a form at once, `item` takes one of them.
     """
-    b = _Values(program)
+    b = _Values()
     new: dict[int, int] = {}
     together = _partials(program)
     users = [a for op in program.ops for a in op.args]

@@ -19,6 +19,7 @@ from lsmc.lowering.backends import triton_tiles
 from lsmc.lowering.backends.triton_cut import WIDE, brief
 from lsmc.lowering.backends.triton_emit import Emitted, emit
 from lsmc.lowering.backends.triton_record import Launched, Likeness, Recording, Room, likeness, recordable
+from lsmc.lowering.backends.triton_scan import GROUP, walked, writer
 from lsmc.lowering.backends.triton_sums import gather
 from lsmc.lowering.tuned import store
 from lsmc.lowering.tuned.store import Like, Plan
@@ -41,7 +42,7 @@ class Compiled:
 
     def __init__(self, program: Program, schedule: Schedule, flagged: bool = False) -> None:
         self.program, self.schedule = gather(program), schedule
-        self.source, self.kernels = emit(self.program, schedule, flagged)
+        self.source, self.kernels = emit(self.program, schedule, flagged, writer(self.program))
         self.keeps = tuple(n for n, _ in self.program.kept)
         if self.keeps and self.flags:
             self.keeps += ("_flags",)
@@ -122,11 +123,11 @@ class _Recorded:
         self.keeps, self.ends, self.taken = tuple(run.keeps), tuple(run.ends), run.taken_as
         self.step, self.chunks, self.heads, self.parts, self.dtypes = run.step, run.chunks, run.heads, run.parts, run.dtypes
         self.counter = run.program.counter if run.led else None
-        self.rows = {op.attr("name"): op.dims[1] != "1" for op in run.program.inputs("token", "head")}
+        self.rows = {op.attr("name"): _inner(op.dims) for op in run.program.inputs("token", "head")}
 
     def repeat(self, inputs: Mapping[str, Tensor], memories: Mapping[str, Tensor | None],
                cu_seqlens: Tensor | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        ready = {n: _rows(inputs[n], wide) for n, wide in self.rows.items()}
+        ready = {n: _rows(inputs[n], inner) for n, inner in self.rows.items()}
         given = {f"p_{n}": x for n, x in ready.items()}
         given |= {f"i_{c}": m.contiguous() for c, m in memories.items() if m is not None}
         given |= {argument: inputs[n] for n, argument in self.taken.items()}
@@ -146,15 +147,16 @@ class _Launch:
     def __init__(self, compiled: Compiled, inputs: Mapping[str, Tensor], memories: Mapping[str, Tensor | None], chunk: int,
                  cu_seqlens: Tensor | None, dtypes: Mapping[str, torch.dtype]) -> None:
         self.compiled, self.program, self.given, self.memories = compiled, compiled.program, inputs, memories
-        self.step, self.chunk, self.dtypes = chunk, max(chunk, 16), dtypes  # matrix units take 16 rows at least
+        walks = any(k.walks for k in compiled.kernels)
+        chunk = max(chunk, GROUP) if walks else chunk
+        self.step, self.chunk, self.dtypes = chunk, chunk if walks else max(chunk, 16), dtypes  # rows that matrix units take
         self.size: dict[str, int] = {"1": 1}
         self.inputs: dict[str, Tensor] = {}
         self.heads, tokens = 1, None
         for op in self.program.inputs("token", "head"):
             x = inputs[op.attr("name")]
-            x = _rows(x, op.dims[1] != "1")
-            if op.dims[1] != "1":
-                self.size[op.dims[1]] = x.shape[-1]
+            x = _rows(x, _inner(op.dims))
+            self.size |= zip(_named(op.dims), x.shape[x.ndim - _inner(op.dims):], strict=True)
             self.inputs[op.attr("name")] = x
             token = op.attr("role") == "token"
             self.heads = max(self.heads, x.shape[2] if token else x.shape[0])
@@ -280,7 +282,8 @@ class _Launch:
             blocks = triton.cdiv(size[k.split], plan["BK" if k.split == "K" else "BV"])
         for name, op in k.stores:
             if k.how != "slow":
-                self.outputs[name] = self._output(name, op.dims, blocks if name in k.partial else 0)
+                parts, count = blocks if name in k.partial else 0, units if k.walks else self.chunks
+                self.outputs[name] = self._output(name, op.dims, parts, count)
             args[f"o_{name}"] = self.outputs[name]
         args |= {"SEGMENTS": self.segments} if part else {}
         args |= {"seen": self.seen, "LED": self.led} if self.program.counter else {}
@@ -291,14 +294,14 @@ class _Launch:
                  "HOW": 1 if exact or k.how == "slow" else 0 if k.how else 2, "DT": self.type, **plan}
         return units * self.heads * blocks, args
 
-    def _output(self, name: str, dims: Dims, blocks: int) -> Tensor:
-        """Room for one output; float32 where `finish` sums over blocks, chunks or value heads."""
+    def _output(self, name: str, dims: Dims, blocks: int, units: int) -> Tensor:
+        """Room for one output; float32 where `finish` sums over blocks, chunks or sequences (`units`), or value heads."""
         source = self.given.get(name[2:]) if name.startswith("d_") else None
-        last = (self.size[dims[1]],) if dims[1] != "1" else ()
+        last = tuple(self.size[d] for d in _named(dims))
         parts = (blocks,) if blocks else ()
         self.parts[name] = blocks
         if dims[0] != "T":
-            return self.room((*parts, self.chunks, self.heads, *last), torch.float32, zero=self.packed or self.led)
+            return self.room((*parts, units, self.heads, *last), torch.float32, zero=self.packed or self.led)
         dtype = self.dtypes.get(name, self.like.dtype if source is None else source.dtype)
         if blocks or source is not None and source.shape[2] != self.heads:
             dtype = torch.float32
@@ -316,9 +319,19 @@ class _Launch:
         return finish(self.outputs, self.given, self.parts, self.heads, self.dtypes) | self.keeps, self.ends
 
 
-def _rows(x: Tensor, wide: bool) -> Tensor:
-    """An input as kernels read it: the numbers of a row lie side by side."""
-    return x if not wide or x.stride(-1) == 1 else x.contiguous()
+def _named(dims: Dims) -> str:
+    """The named dimensions of one token's part of a value."""
+    return "KV" if "E" in dims else "".join(d for d in dims if d in "KV")
+
+
+def _inner(dims: Dims) -> int:
+    return len(_named(dims))
+
+
+def _rows(x: Tensor, inner: int) -> Tensor:
+    """An input as kernels read it: the numbers of a row, or of a matrix, lie side by side."""
+    side_by_side = (inner < 1 or x.stride(-1) == 1) and (inner < 2 or x.stride(-2) == x.shape[-1])
+    return x if side_by_side else x.contiguous()
 
 
 def counted(memory: Tensor, chunk: int) -> Tensor:
@@ -344,16 +357,18 @@ def finish(outputs: Mapping[str, Tensor], inputs: Mapping[str, Tensor], parts: M
         source = inputs.get(name[2:]) if name.startswith("d_") else None
         if parts[name]:
             x = x.sum(0)
-        if source is not None and x.ndim > 2 and source.ndim > 2 and source.shape[2] != x.shape[2]:
-            x = x.unflatten(2, (source.shape[2], -1)).sum(3)
-        elif source is not None and source.shape[0] == heads and x.shape[1:] == source.shape:
+        if source is not None and source.shape[0] == heads and x.shape[1:] == source.shape:
             x = x.sum(0)
+        elif source is not None and x.ndim > 2 and source.ndim > 2 and source.shape[2] != x.shape[2]:
+            x = x.unflatten(2, (source.shape[2], -1)).sum(3)
         out[name] = x if source is None else x.to(dtypes.get(name, source.dtype))
     return out
 
 
 def plan_of(k: Emitted, key: int, value: int, sequences: int, chunk: int) -> Plan:
     """Block sizes, warps and pipeline stages of one launch: no narrow blocks over chunks by a ptxas that gets them wrong."""
+    if k.walks:
+        return walked(key, value)
     value = key if k.kernel.part == "factor" else value  # the columns of the factor
     size = {"K": max(16, triton.next_power_of_2(key)), "V": max(16, triton.next_power_of_2(value))}
     if k.split:

@@ -9,7 +9,7 @@ import functools
 from dataclasses import dataclass
 
 from lsmc.ir import Op, Program
-from lsmc.lowering.backends.triton_cut import Piece, block, brief, pieces
+from lsmc.lowering.backends.triton_cut import SCANS, Piece, block, brief, pieces
 from lsmc.lowering.backends.triton_sums import gather
 from lsmc.schedules import Schedule, Shape
 from lsmc.schedules.order import order, peak
@@ -27,6 +27,8 @@ WAIT = 0.8e-6
 """Seconds more for each tile that a scan loads for elementwise work: such loads are not started ahead."""
 ALONE = 0.65
 """What a scan's step takes where no second program shares its processor."""
+WALK = 3
+"""Elementwise operations for each entry of the memory and token."""
 REGISTERS = 200
 """Registers of a thread that values may take; the rest spills."""
 
@@ -67,12 +69,15 @@ def _piece(program: Program, p: Piece, s: Shape, target: Target, columns: int | 
         columns = min(columns or block(program, p), extent[p.split])
         blocks = -(-extent[p.split] // columns)
         extent[p.split] = columns
+    extent["E"] = extent["K"] * extent["V"]
 
     def size(op: Op) -> int:
         return extent[op.dims[0]] * extent[op.dims[1]]
 
     products = sum(PRODUCTS.get(op.kind, 0) for op in body if "1" not in op.dims)
     elements = sum(size(op) for op in body if op.kind in ("map", "between", "mask", "sum"))
+    walks = [op.kind for op in body if op.kind in SCANS]  # each token by itself, back through memories that are made again
+    elements += WALK * ("scan" in walks) * extent["T"] * extent["E"] + 3 * WALK * ("scan_grad" in walks) * extent["T"] * extent["E"]
     taken = {a for op in body for a in op.args} & p.known
     width = 4 if part == "combine" else s.element_bytes
     own = p.kernel.own(program) | {c.inp for c in program.carries if brief(program, c)}

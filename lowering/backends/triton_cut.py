@@ -12,10 +12,14 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from lsmc.ir import Carry, Op, Program, operand
+from lsmc.ir import READ_AT, Carry, Op, Program, operand
 from lsmc.keep import cotangents
 from lsmc.schedules import Kernel, Schedule
+from lsmc.schedules.base import needed
 from lsmc.schedules.order import order, peak
+
+SCANS = ("scan", "scan_grad")
+"""Operations that go from token to token: kernels that hold them do, `triton_scan`."""
 
 LINEAR = ("expand", "transpose", "sum", "valid", "cumsum", "mask", "between_grad")
 
@@ -51,6 +55,10 @@ def contracts(program: Program, op: Op) -> set[str]:
             return {dims[0][op.attr("axis")]}
         case "form":
             return {dims[-1][1]} if op.attr("wrt") == "P" else set()
+        case "scan":
+            return {"K"} if op.attr("at") in READ_AT else set()
+        case "scan_grad":
+            return {"K", "V"} - {*("KV" if "E" in op.dims else op.dims)}
     return set()
 
 
@@ -152,7 +160,7 @@ def shares(program: Program, body: Iterable[Op], dim: str) -> set[int] | None:
         if op.kind == "rename" and made[op.args[0]] and dim in (*op.dims, *program.index[op.args[0]].dims):
             return None  # one block is no block of the other, but in memory
         if dim in contracts(program, op):
-            if parts or op.kind not in ("matmul", "sum"):
+            if parts or op.kind not in ("matmul", "sum", "scan_grad"):
                 return None
             out.add(op.id)
         elif parts and op.kind == "map":
@@ -216,6 +224,8 @@ def block(program: Program, piece: Piece) -> int:
         return WIDE // 4
     if piece.inner or piece.split is None:
         return WIDE
+    if any(op.kind in SCANS for op in program.ops):
+        return WIDE // 2
     extent = {"T": 64, "K": 128, "V": 128, "1": 1, piece.split: WIDE}
 
     def weight(op: Op) -> int:
@@ -229,6 +239,8 @@ def block(program: Program, piece: Piece) -> int:
 @functools.cache
 def pieces(program: Program, schedule: Schedule) -> tuple[Piece, ...]:
     """The launches of a schedule, in order."""
+    if any(op.kind in SCANS for op in program.ops):
+        return _walks(program, schedule)
     dear = costly(program, schedule)
     given = {i for _, i in program.taken}
     kept = set(given)
@@ -250,6 +262,15 @@ def pieces(program: Program, schedule: Schedule) -> tuple[Piece, ...]:
         done.append(Piece(Kernel("prepare", (), (), ()), frozenset(given), made, dim, inner=dim is not None))
     assert _kept(program) <= set().union(*(p.makes for p in done)), "what is kept is made by a launch"
     return tuple(reversed(done))
+
+
+def _walks(program: Program, schedule: Schedule) -> tuple[Piece, ...]:
+    """Kernels that go from token to token: the last one stores all outputs, as it has the memories of every token."""
+    *first, last = schedule.kernels
+    outputs = tuple(n for n, _ in program.outputs)
+    kernels = [*(replace(k, saves=k.carries, stores=()) for k in first), replace(last, saves=last.carries, stores=outputs)]
+    given = frozenset(i for _, i in program.taken)
+    return tuple(Piece(k, given, (), "V") for k in needed(program, kernels))
 
 
 def _settled(program: Program, kernels: tuple[Kernel, ...]) -> list[Kernel]:

@@ -9,7 +9,7 @@ and every operation keeps the padding zero, so that contractions need no masks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import sympy
@@ -24,8 +24,8 @@ from lsmc.lowering.kernels import digest
 from lsmc.schedules import Kernel, Schedule
 from lsmc.schedules.order import order
 
-TILES = ("exp", "total", "diagonal", "keep", "dot", "exact_dot", "running", "later", "cumsum", "lower", "between", "between_grad",
-         "inverse", "mild", "form_p", "form_x", "form_y", "form_gate", "form_all")
+TILES = ("exp", "power", "beside", "across", "total", "diagonal", "keep", "dot", "exact_dot", "running", "later", "cumsum", "lower",
+         "between", "between_grad", "inverse", "mild", "form_p", "form_x", "form_y", "form_gate", "form_all")
 SIZE = {"T": "C", "K": "BK", "V": "BV", "1": "1"}
 EXTENT = {"T": 64, "K": 128, "V": 128, "1": 1}
 """Typical extents, for the weight of a value in registers."""
@@ -48,6 +48,7 @@ class Emitted:
     block: int
     inner: bool  # one program takes all blocks of the split dimension, one after the other
     how: str
+    walks: bool  # from token to token
     source: str
 
     @property
@@ -67,18 +68,20 @@ def gates(program: Program) -> set[int]:
     return out
 
 
-def emit(program: Program, schedule: Schedule, flagged: bool = False) -> tuple[str, tuple[Emitted, ...]]:
-    """The module's source and its kernels; `flagged`: flags of mild chunks come with what the forward program kept."""
+def emit(program: Program, schedule: Schedule, flagged: bool = False,
+         writer: Callable[[Program, Piece], Writer] | None = None) -> tuple[str, tuple[Emitted, ...]]:
+    """The module's source and its kernels; `flagged`: flags of mild chunks come with what the forward program kept; `writer`
+    writes kernels that are not made of tiles."""
     parts: list[Emitted] = []
     cut = pieces(program, schedule)
     made = {i for p in cut for i in p.makes} | {i for _, i in program.taken}
     every = [replace(p, known=p.known & made) for p in cut]
     for n, p in enumerate(every):
-        writers = [_Writer(p.kernel.of(program), p)]
+        writers = [(writer or Writer)(p.kernel.of(program), p)]
         if writers[0].decays and not p.kernel.carries and (p.makes or flagged):
-            later = {i for q in every[n + 1:] if not q.kernel.carries for i in _Writer(program, q).decays}
-            first = _Writer(program, p, "fast") if flagged else _Writer(program, p, "first", later=later)
-            writers = [first, _Writer(program, p, "slow")]
+            later = {i for q in every[n + 1:] if not q.kernel.carries for i in Writer(program, q).decays}
+            first = Writer(program, p, "fast") if flagged else Writer(program, p, "first", later=later)
+            writers = [first, Writer(program, p, "slow")]
             flagged = True
         parts += [w.run() for w in writers]
     programs = "\n\n".join(dict.fromkeys(str(p) for p in (program, *(p.kernel.of(program) for p in cut))))
@@ -89,7 +92,7 @@ def emit(program: Program, schedule: Schedule, flagged: bool = False) -> tuple[s
     return f"# {digest(text)}\n{text}", tuple(parts)
 
 
-class _Expression:
+class Expression:
     """Prints elementwise expressions as statements on named values; equal subexpressions are computed once."""
 
     def __init__(self, prefix: str, names: list[str], columns: Iterable[sympy.Symbol] = ()) -> None:
@@ -145,7 +148,7 @@ class _Expression:
         return f"tl.exp2(tl.log2({base}) * {float(n)!r})"
 
 
-class _Writer:
+class Writer:
     """Writes the source of one kernel.
 
     Decay forms are one product where the decays of a chunk are mild, as they mostly are, and a series of halvings else.
@@ -153,6 +156,8 @@ class _Writer:
     for each sequence, which mostly ends at once. The `first` of them finds out, for its own decays and those that `later`
     ones have, and leaves flags. Other kernels (how = "") decide inside.
     """
+
+    walks = False
 
     def __init__(self, program: Program, piece: Piece, how: str = "", origin: dict[int, int] | None = None,
                  later: Iterable[int] = ()) -> None:
@@ -188,11 +193,11 @@ class _Writer:
         self.plain: dict[int, str] = {}  # the name of a value as it was loaded or computed
         self.cast: dict[tuple[int, str], str] = {}  # and of its other forms: float32, matrix operand, running sums
 
-        self.mild: _Writer | None = None
+        self.mild: Writer | None = None
         if how in ("first", "fast"):
             other, new = mild(program)
             part = replace(piece, known=frozenset(new[i] for i in piece.known), makes=tuple(new[i] for i in piece.makes))
-            self.mild = _Writer(other, part, "mild", {j: i for i, j in reversed(new.items())})
+            self.mild = Writer(other, part, "mild", {j: i for i, j in reversed(new.items())})
             self.mild.lines = self.lines
             more = {self.mild.origin[op.id] for op in self.mild.takes} - {op.id for op in self.takes}
             self.takes += tuple(program.index[i] for i in sorted(more))
@@ -271,10 +276,15 @@ class _Writer:
             self.indent = 1
             for c in self.carries if self.kernel.part != "apply" else ():
                 self._end(c)
+        self._close()
         source = self._signature() + "\n".join(self.lines) + "\n"
         partial = frozenset(n for n, op in self.stores if op.id in self.part)
         return Emitted(self.name, self.kernel, self.inputs, self.stores, partial, self.carries, self.loads, self.makes,
-                       self.takes, self.split, block(self.program, self.piece), self.piece.inner, self.how, source)
+                       self.takes, self.split, block(self.program, self.piece), self.piece.inner, self.how, self.walks, source)
+
+    def _close(self) -> None:
+        """The end of the kernel: of tiles, everything was stored chunk by chunk."""
+        assert not self.waiting, "what a kernel leaves must come from its own operations"
 
     def _signature(self) -> str:
         args: list[str] = []
@@ -464,7 +474,7 @@ class _Writer:
             if not brief(self.program, c):
                 w(f"m_{c.name} = {self.f(c.out)}")
 
-    def _continue(self, other: _Writer) -> None:
+    def _continue(self, other: Writer) -> None:
         """Write the values in a branch of another kernel, from what is there."""
         self.indent = other.indent + 1
         for j, i in self.origin.items():
@@ -489,7 +499,6 @@ class _Writer:
                 self._blocks(phase)
             else:
                 self._straight([op for op in self.body if self.phases[op.id] == phase])
-        assert not self.waiting, "what a kernel leaves must come from its own operations"
 
     def _straight(self, body: list[Op]) -> None:
         """These operations, and stores as early as they can be: the registers are needed."""
@@ -766,7 +775,7 @@ class _Writer:
                 expr = sympy.expand(expr - alone) + sympy.Symbol("lead") * alone
         name = self.v(op.id)
         columns = [operand(n) for n, i in enumerate(op.args) if self.program.index[i].dims[1] == "1" != op.dims[1]]
-        p = _Expression(f"w{op.id}{self.suffix}", [self.f(i) for i in op.args], columns)
+        p = Expression(f"w{op.id}{self.suffix}", [self.f(i) for i in op.args], columns)
         p.known[sympy.Symbol("lead")] = "lead"
         text = p(expr)
         for line in p.lines:

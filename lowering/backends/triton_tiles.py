@@ -31,6 +31,31 @@ def exp(x):
 
 
 @triton.jit
+def power(x):
+    """2^x in one instruction."""
+    if INTERPRETED:
+        out = tl.exp2(x)
+    else:
+        out = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return out
+
+
+@triton.jit
+def beside(x, WIDE: tl.constexpr):
+    """Offsets of which the compiler knows only that this many columns lie side by side: a thread takes so many of a tile.
+
+    It would lay the tile out for the widest loads, and all that the tile meets alike. They are worked out where they are wanted:
+    a loop does not hold them.
+    """
+    if INTERPRETED:
+        out = x
+    else:
+        out = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1)
+        out = tl.max_contiguous(tl.multiple_of(out, [1, WIDE]), [1, max(2, WIDE)])
+    return out
+
+
+@triton.jit
 def dot(a, b, DT: tl.constexpr):
     """a @ b on the matrix units."""
     if tl.float32 == DT:
@@ -57,6 +82,17 @@ def half_dot(a, b, DT: tl.constexpr):
         out = tl.dot(a, b, input_precision="ieee")
     else:
         out = tl.dot(a, b, input_precision="tf32")
+    return out
+
+
+@triton.jit
+def across(x, DT: tl.constexpr):
+    """The sum of each row, on the matrix units where the inputs have 16 bits: among threads it takes five steps a number."""
+    if tl.float32 == DT or x.shape[1] < 16:
+        out = tl.sum(x, axis=1, keep_dims=True)
+    else:
+        y = half_dot(x, tl.full([x.shape[1], 8], 1.0, tl.float32), DT)
+        out = tl.sum(tl.where(tl.arange(0, 8)[None, :] == 0, y, 0.0), axis=1, keep_dims=True)
     return out
 
 

@@ -9,11 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lsmc.lowering.plan import Plan
 from lsmc.lsm import LSM
 from lsmc.pipeline import CHUNK, TYPICAL, Options, compile_plan, texts
 from lsmc.schedules import Shape
+
+if TYPE_CHECKING:
+    from lsmc.explanation.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -32,16 +36,17 @@ class Explanation:
         """Stage name → text, in the order of the pipeline."""
         return dict(self.text)
 
-    def html(self, path: str | Path, *, examples: int = 2) -> Path:
+    def html(self, path: str | Path, *, examples: int = 2, ranks: Ranks | None = None) -> Path:
         """Write the page to `path` and return it: one file without a reference to any other, that opens in any browser.
 
         The kernels are compiled for sm_90 on the way, where Triton and its ptxas are there, and the laws of `lsmc.check` are
         tested on `examples` random cases each and on all corners: seconds for most methods, a minute or two for some. What
-        could not be compiled, and a law that does not hold, stands in the page. Raises OSError where `path` cannot be written.
+        could not be compiled, and a law that does not hold, stands in the page. `ranks` is a model on a mesh, of which the page
+        then has a picture: `lsmc explain METHOD --mesh sp=2,tp=2 -o FILE`. Raises OSError where `path` cannot be written.
         """
         from lsmc.explanation.page import write
 
-        return write(self, Path(path), examples)
+        return write(self, Path(path), examples, ranks)
 
     def __str__(self) -> str:
         return "\n\n".join(f"── {name} " + "─" * (90 - len(name)) + f"\n{text}" for name, text in self.text.items())

@@ -11,6 +11,7 @@ from lsmc.runtime.pages import document
 
 if TYPE_CHECKING:
     from lsmc.explanation import Explanation
+    from lsmc.explanation.ranks import Ranks
 
 SECTIONS = (
     stages.declared, stages.canonical, stages.chunk, stages.graph, stages.backward,
@@ -18,18 +19,22 @@ SECTIONS = (
 )  # fmt: skip
 
 
-def write(explanation: Explanation, path: Path, examples: int) -> Path:
+def write(explanation: Explanation, path: Path, examples: int, ranks: Ranks | None = None) -> Path:
     """Find out what takes time, and write the page."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()  # a path that cannot be written says so at once
-    path.write_text(render(explanation, find_out(explanation, examples)), encoding="utf-8")
+    path.write_text(render(explanation, find_out(explanation, examples), ranks), encoding="utf-8")
     return path
 
 
-def render(explanation: Explanation, found: Findings) -> str:
-    """The page, from an explanation and what was found out about it."""
+def render(explanation: Explanation, found: Findings, ranks: Ranks | None = None) -> str:
+    """The page, from an explanation and what was found out about it, and a model on a mesh."""
     subject = Subject(explanation, found)
     sections = [make(subject) for make in SECTIONS]
+    if ranks is not None:
+        from lsmc.explanation.ranks import plan
+
+        sections.append(plan(ranks))
     style, script = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     return document(explanation.name, stages.title(explanation.declaration), sections, style=style, script=script,
                     aside=stages.lead(subject, sections))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from lsmc.runtime.insert import Plan
 from lsmc.runtime.plans.batch import spread_batch
+from lsmc.runtime.plans.between import deal_tokens
 from lsmc.runtime.plans.sequence import spread_sequence
 from lsmc.runtime.plans.tensor import deal_heads
 
@@ -14,6 +15,7 @@ PLANS: tuple[tuple[str, str, Plan], ...] = (
     ("tensor", "tp", deal_heads),
     ("batch", "dp", spread_batch),
     ("sequence", "sp", spread_sequence),
+    ("tokens", "tp", deal_tokens),
 )
 """The name of a plan among the graph passes, the axis that it serves, and its function."""
 

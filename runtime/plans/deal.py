@@ -120,6 +120,7 @@ class Deal:
             elif node.op in ("call_function", "call_method"):
                 self._check_writes(node)
                 self.state[node] = self._inside(node) or self._outside(node)
+                self.made[node].node.meta["whole"] = self.state[node] == WHOLE  # for `plans.between`
             else:
                 self._outside(node)
                 self.state[node] = WHOLE

@@ -3,7 +3,7 @@
 | in the graph | becomes |
 |---|---|
 | an LSM operator | its run from a zero memory, a gather of summaries whose size does not depend on the tokens, and a correction:
-                    `lsmc.lowering.split` |
+                    `lsmc.lowering.split`; of packed sequences, those of its first and its last |
 | causal attention | a gather of k and v, the mask of this rank's rows |
 | a convolution's padding with zeros | the last tokens of the rank before |
 | positions | this rank's |
@@ -52,44 +52,78 @@ def operator(s: Spread, node: Node, inputs: Sequence[Value], start: Sequence[Val
         elif split is not None and (name not in tokens or (split.dim, split.outer, split.ahead) != (1, 1, 0)):
             raise s.refused(node, f"has parts of {name!r} that are not its tokens")
         given.append(s.used(v) if name not in tokens else v)
-    if cu_seqlens is not None:
-        raise s.refused(node, "has packed sequences (cu_seqlens), whose ends may lie on any rank")
+    wanted = any(user.args[1] != 0 and user.users for user in node.users)
+    if cu_seqlens is not None and (start or wanted or s.of(cu_seqlens) is not None):
+        what = "an initial state" if start else "a final state" if wanted else "ends that are themselves dealt out"
+        raise s.refused(node, f"has packed sequences (cu_seqlens) and {what}")
     if any(s.of(v) is not None for v in start):
         raise s.refused(node, "has parts of the initial state")
     try:
         kind, twice = way(spec)
     except LsmError as error:
         raise s.refused(node, f"cannot pass its memory on: {error.rule}") from None
-    lsmc, sizes = torch.ops.lsmc, ops.extents(plan, [v.example for v in inputs])
+    lsmc, sizes = torch.ops.lsmc, ops.extents(plan, [v.example for v in given])
     options = s.axis.size, [sizes.dims["K"], sizes.dims["V"]], spec
-    first = [s.used(v) for v in start]
+    packed = None if cu_seqlens is None else Packed(s, cu_seqlens, sizes.tokens)
     o = through = None
     if kind == "sums":
-        pack = lsmc.summary.default(given, spec)
+        pack = lsmc.summary.default(given, spec, packed and packed.since)
         pending = collectives.gather(pack, s.axis)
-        o = None if twice else lsmc.fwd.default(given, [], None, spec)[0]  # while the summaries are under way
+        o = None if twice else lsmc.fwd.default(given, [], packed and packed.ends, spec)[0]  # while the summaries are under way
     elif kind == "columns":
-        made = lsmc.columns.default(given, spec)
+        made = lsmc.columns.default(given, spec, packed and packed.ends, packed and packed.last)
         o, through, pack = made[0], made[1], made[2]
         pending = collectives.gather(pack, s.axis)
     else:
-        alone = lsmc.fwd.default(given, [], None, spec)
-        pack = lsmc.remembered.default(given, [alone[i + 1] for i in range(len(plan.carries))], spec)
+        alone = lsmc.fwd.default(given, [], packed and packed.ends, spec)
+        after = [alone[i + 1] for i in range(len(plan.carries))]
+        after = [x.index_select(0, packed.last) for x in after] if packed else after
+        pack = lsmc.remembered.default(given, after, spec, packed and packed.since)
         pending = collectives.gather(pack, s.axis)
-    states = lsmc.incoming.default(collectives.arrived(pending), first, s.rank(), *options)
+    states = lsmc.incoming.default(collectives.arrived(pending), [s.used(v) for v in start], s.rank(), *options,
+                                   packed and packed.rank)
     states = [states[i] for i in range(len(plan.carries))]
     if twice or o is None:
-        o = lsmc.fwd.default(given, states, None, spec)[0]
-    elif through is None:
-        o = lsmc.corrected.default(o, given, states, spec)
+        o = lsmc.fwd.default(given, packed.starting(states) if packed else states, packed and packed.ends, spec)[0]
     else:
-        o = lsmc.through.default(o, through, states)
+        found = (lsmc.corrected.default(o, given, states, spec) if through is None
+                 else lsmc.through.default(o, through, states))
+        o = torch.where(packed.reached, found, o) if packed else found
     s.changes.append(f"{node.name}: {plan.name} exchanges {pack.shape[-1]} numbers per head over {s.axis}")
     s.mark(o, replace(places[0], dim=1))
-    if any(user.args[1] != 0 and user.users for user in node.users):
+    if wanted:
         states = lsmc.incoming.default(collectives.whole(pack, 0, s.axis), list(start), None, *options)
         states = [states[i] for i in range(len(plan.carries))]
-    return (o, *states)
+    return (o, *states)[: 1 if packed else None]
+
+
+class Packed:
+    """Packed sequences (cu_seqlens, (N + 1,)) as a rank sees them that has `tokens` of them.
+
+    ends     (N + 1,): where they end among its own tokens, many of them without any
+    since    (1,): where the sequence of its last token begins, less than 0 on a rank before; last: the index of that sequence
+    rank     (1,): the rank on which the sequence of its first token begins
+    reached  (1, T, 1, 1): which tokens are of that sequence
+    """
+
+    def __init__(self, s: Spread, cu_seqlens: Value, tokens: int) -> None:
+        at, begins = s.rank() * tokens, cu_seqlens[:-1]
+        self.first, self.last = (((begins <= t).sum() - 1).reshape(1) for t in (at, at + (tokens - 1)))
+        self.ends = (cu_seqlens - at).clamp(0, tokens).to(cu_seqlens.dtype)
+        self.since = begins.index_select(0, self.last) - at
+        self.rank = begins.index_select(0, self.first) // tokens
+        until = cu_seqlens.index_select(0, self.first + 1) - at
+        self.reached = (self._range(s, tokens, at) < until).reshape(1, -1, 1, 1)
+        self.chosen = (self._range(s, begins.shape[0], at) == self.first).reshape(-1, 1, 1, 1)
+
+    @staticmethod
+    def _range(s: Spread, n: int, like: Value) -> Value:
+        made: Any = s.writer.create_proxy("call_function", torch.arange, (n,), {"device": like.device})
+        return made
+
+    def starting(self, states: Sequence[Value]) -> list[Any]:
+        """(N, …): what comes in for the first sequence, zeros for the others."""
+        return [torch.where(self.chosen, x, torch.zeros_like(x)) for x in states]
 
 
 def causal(s: Spread, node: Node, q: Value, k: Value, v: Value, attn_mask: Any = None, dropout_p: float = 0.0,

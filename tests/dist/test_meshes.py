@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.nn import functional as F
 
 import lsmc
 from lsmc import LSM, M, Vector, k, outer, q, v
@@ -59,6 +60,30 @@ def check_operator(op: LSM, mesh: DeviceMesh) -> None:
             close(x, y, f"{op.name}, value {i}")
 
 
+def check_packed(op: LSM, mesh: DeviceMesh, ends: list[int]) -> None:
+    """Packed sequences whose ends lie anywhere, with several of them on a rank and none; attention under the mask of the same."""
+    drawn = sample(op, Case(batch=1, time=16, heads=1, groups=2, key_dim=3, value_dim=2, gates="mixture"))
+    packed, results = torch.tensor(ends), list[list[Tensor]]()
+    torch._dynamo.reset()
+
+    def layer(inputs: dict[str, Tensor], ends: Tensor) -> Tensor:
+        o = op(**inputs, cu_seqlens=ends, scale=0.5)
+        if op.name != "kda":
+            return o.sin()
+        place = torch.arange(16)
+        of = (place[:, None] >= ends).sum(1)
+        mask = (of[:, None] == of) & (place[:, None] >= place)
+        y = F.scaled_dot_product_attention(*(inputs[n].transpose(1, 2) for n in "vvv"), attn_mask=mask)
+        return o.sin() + y.transpose(1, 2)
+
+    for run in (lsmc.compile(layer, mesh=mesh), layer):
+        o = run(drawn.inputs, packed)
+        loss = (o * torch.linspace(0.5, 1.5, o.numel(), dtype=o.dtype).view_as(o)).sum()
+        results.append([o, *torch.autograd.grad(loss, [x for x in drawn.inputs.values() if x.requires_grad])])
+    for i, (found, wanted) in enumerate(zip(*results, strict=True)):
+        close(found, wanted, f"packed {op.name}, ends {ends}, value {i}")
+
+
 def small(lsm: str, pattern: str, **options: Any) -> HybridMoE:
     torch.manual_seed(0)
     size = {"hidden": 16, "heads": 2, "vocabulary": 13, "gate_rank": 4, "moe": {"experts": 4, "top_k": 2, "width": 8}}
@@ -99,6 +124,8 @@ def on_two(folder: Path) -> None:
     with as_they_are():
         check_operator(lsmc.zoo.mamba2, named(sp=2))
         check_operator(lsmc.zoo.mamba2, named(dp=2))
+        for op in (lsmc.zoo.mamba2, lsmc.zoo.kda, lsmc.zoo.mamba):
+            check_packed(op, named(sp=2), [0, 3, 3, 11, 16])
         check_model(small("kda", "LN"), named(dp=1, sp=2))
         check_odd(named(tp=2))
         check_parts(small("gla", "LN", value_heads=4), named(tp=2), text(2, 16, seed=0), folder)
@@ -109,6 +136,8 @@ def on_four(folder: Path) -> None:
         for op in (*(m for m in METHODS if message(m.canonical) != "none"), normalised):
             check_operator(op, named(sp=4))
             check_operator(op, named(dp=2, sp=2))
+            for ends in ([0, 16], [0, 1, 15, 16], [0, 0, 4, 6, 6, 8, 16, 16]):
+                check_packed(op, named(sp=4), ends)
         for lsm in ("bla", "mamba2", "gla", "kda", "titans"):
             check_model(small(lsm, "LLLN"), named(sp=4))
             check_model(small(lsm, "LLLN", activation_checkpointing=True), named(dp=2, sp=2))

@@ -28,12 +28,14 @@ from lsmc.explanation import costs, numbers
 from lsmc.explanation.costs import Compiling, Failure
 from lsmc.explanation.mathml import chunk, step
 from lsmc.explanation.page import SECTIONS, render
+from lsmc.explanation.ranks import SMALL, Ranks, plan
 from lsmc.explanation.subject import Findings, Subject, kernels_of
 from lsmc.factors import hoist
 from lsmc.ir import Program
 from lsmc.lowering import ptxas
 from lsmc.lowering.backends.triton_sums import gather
 from lsmc.lowering.offline import Resources
+from lsmc.runtime.traffic import PARAMETERS, messages
 from lsmc.schedules import Shape
 from tests.declarations import Drawn, Wider, declarations, wider
 from tests.pages import Page
@@ -151,6 +153,30 @@ def test_the_work_of_a_schedule_is_above_its_floor() -> None:
         assert "was chosen" in numbers.why(about.candidates["b"])
 
 
+@functools.cache
+def ranks() -> Ranks:
+    made: Ranks = cli._ranks("gated_deltanet", "sp=2,tp=2", "tiny", "LLLN", 2, 64)
+    return made
+
+
+def test_the_plan_of_ranks_shows_every_message_at_its_place() -> None:
+    """Equal blocks once; bytes of gradients summed up, small messages counted, all others drawn, those that overlap beside what
+    hides them."""
+    text = plan(ranks())
+    page = Page(text)
+    assert page.open == []
+    assert re.findall("<h3>(.*?)</h3>", text) == ["Around the blocks", "blocks.0", "blocks.1, blocks.2", "blocks.3", "In all"]
+    found = dict(messages(ranks().module, ranks().axes))
+    large = {n: m for n, m in found.items() if m.of != PARAMETERS and m.forward_bytes + m.backward_bytes > SMALL}
+    again = [n for n in large if "blocks.1" in str(n.meta["nn_module_stack"])]
+    assert len(re.findall("<circle", text)) == len(large) - len(again) > len(again) > 4
+    assert all(m.of[:60] in page.text for m in found.values())
+    gather = next(m for m in large.values() if m.of.startswith("memories"))
+    assert f"sp: all-gather {gather.forward_bytes / 1e3:.1f} kB, back reduce-scatter {gather.backward_bytes / 1e3:.1f} kB" in page.text
+    assert "beside elementwise" in page.text, "queries are turned while keys and values are under way"
+    assert "mixer: gated_deltanet" in page.text and "mixer: softmax attention" in page.text
+
+
 # --- what may be missing
 
 
@@ -212,9 +238,11 @@ def test_the_command_writes_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(lsmc.explanation.page, "find_out", quick)
     path = tmp_path / "new" / "report.html"
-    cli.main(["explain", "bla", "--shape", "2,512,4,32,16", "-o", str(path)])
+    monkeypatch.setattr(cli, "_ranks", lambda *_: ranks())
+    cli.main(["explain", "bla", "--shape", "2,512,4,32,16", "--mesh", "sp=2,tp=2", "-o", str(path)])
     assert f"{path} explains bla" in capsys.readouterr().out
     assert "8 sequences (heads counted) of 512 tokens, K = 32, V = 16" in path.read_text()
+    assert "The plan of the ranks" in path.read_text()
     assert asked == [2]
     with pytest.raises(OSError, match="report"):
         lsmc.explain(zoo.bla).html(path / "report.html")
@@ -273,7 +301,7 @@ def browse(text: str, folder: Path, width: int, dark: bool) -> Any:
 @pytest.mark.parametrize(("width", "dark"), [(1400, False), (700, True)])
 def test_a_browser_shows_the_page_readably_and_marks_what_is_pointed_at(tmp_path: Path, width: int, dark: bool) -> None:
     explanation = explained("gated_deltanet")
-    seen = browse(render(explanation, found(explanation)), tmp_path, width, dark)
+    seen = browse(render(explanation, found(explanation), ranks()), tmp_path, width, dark)
     assert seen["errors"] == []
     assert seen["width"] <= seen["window"], "nothing sticks out"
     assert seen["beside"] == (width > 1180)

@@ -64,7 +64,7 @@ def test_messages_of_operators_do_not_depend_on_the_tokens(name: str, sp: Device
         lsmc.compile(layer(op), mesh=sp)(sample(op, case).inputs)
         (gather,) = calls(graphs[-1], "all_gather_into_tensor")
         sizes.add(tuple(gather.args[0].meta["example_value"].shape))
-        spec = calls(graphs[-1], "lsmc.incoming")[0].args[-1]
+        spec = calls(graphs[-1], "lsmc.incoming")[0].args[5]
     assert sizes == {(2, 3, split.message(str(spec), 5, 2))}
 
 
@@ -139,10 +139,12 @@ def test_what_an_axis_cannot_split_is_refused_by_name(what: str, sp: DeviceMesh,
     assert "splits" not in message or "test_mesh.py" in str(caught.value)
 
 
-def test_packed_sequences_are_refused_by_name(sp: DeviceMesh) -> None:
-    inputs = sample(lsmc.zoo.bla, Case(time=8, key_dim=2, value_dim=2)).inputs
-    with pytest.raises(LsmMeshError, match="cu_seqlens"):
-        lsmc.compile(lambda x, ends: lsmc.zoo.bla(**x, cu_seqlens=ends), mesh=sp)(inputs, torch.tensor([0, 3, 8]))
+def test_states_of_packed_sequences_are_refused_by_name(sp: DeviceMesh) -> None:
+    """They would lie on the ranks where the sequences begin and end."""
+    drawn, ends = sample(lsmc.zoo.bla, Case(time=8, key_dim=2, value_dim=2, initial_state=True)), torch.tensor([0, 8])
+    for what, options in (("an initial state", {"initial_state": drawn.state}), ("a final state", {"return_final_state": True})):
+        with pytest.raises(LsmMeshError, match=f"packed sequences \\(cu_seqlens\\) and {what}"):
+            lsmc.compile(lambda x, at, o=options: lsmc.zoo.bla(**x, cu_seqlens=at, **o), mesh=sp)(drawn.inputs, ends)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ The processes are imagined (torch's "fake" group): graphs are captured and rewri
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -22,10 +23,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import lsmc
 from lsmc.models import HybridMoE, config
 from lsmc.runtime.errors import LsmConfigError, LsmMeshError
-from lsmc.runtime.mesh import sizes
+from lsmc.runtime.mesh import Axis, sizes
 from lsmc.runtime.plans.dims import _fused, _unfused
 from lsmc.runtime.plans.parts import layouts
 from lsmc.runtime.ranks import Ranks
+from lsmc.runtime.traffic import traffic
 from lsmc.runtime.train import TrainConfig
 
 TOKENS = torch.zeros(2, 16, dtype=torch.int64)
@@ -67,13 +69,37 @@ def test_parameters_are_dealt_out_with_the_heads_and_widths_that_they_serve(tp: 
     }
 
 
-def test_a_layer_takes_one_sum_in_each_direction(tp: DeviceMesh, graphs: list[GraphModule]) -> None:
-    """A mixer and a layer of experts, shared one included: one all-reduce forward; backward one for each value that enters."""
-    losses = lsmc.compile(model("LN"), mesh=tp)(TOKENS, TOKENS)
-    names = [str(n.target) for n in graphs[-1].graph.nodes]
-    assert names.count("lsmc.summed.default") == 4
-    assert not any("joined" in name for name in names)
+@pytest.mark.parametrize("length", [16, 15])
+def test_a_layer_takes_one_sum_in_each_direction(length: int, tp: DeviceMesh, graphs: list[GraphModule]) -> None:
+    """A mixer and a layer of experts, shared one included: one reduce-scatter over tokens and, where they are needed again, one
+    all-gather; between them a rank has its share of them. What ranks cannot share evenly is one all-reduce."""
+    tokens = TOKENS[:, :length]
+    losses = lsmc.compile(model("LN"), mesh=tp)(tokens, tokens)
+    group = str(next(n.args[-1] for n in graphs[-1].graph.nodes if str(n.target).startswith("lsmc.dealt")))
+    half = 2 * length * 12 * 4 // 2
+    found = Counter(m.forward for m in traffic(graphs[-1], {"tp": Axis("tp", 2, group)}) if m.forward_bytes in (half, 2 * half))
+    norms = [n.meta["example_value"].shape for n in graphs[-1].graph.nodes if "rms_norm" in str(n.target)]
+    if length % 2:
+        assert found == {"all-reduce": 4}
+    else:
+        assert found == {"reduce-scatter": 4, "all-gather": 4}
+        assert [shape[1] for shape in norms if shape[-1] == 12] == [16, 8, 8, 8, 8]
+    assert "joined" not in graphs[-1].code
     losses.total.backward()
+
+
+def test_tokens_stay_whole_where_something_is_written_in_place(tp: DeviceMesh, graphs: list[GraphModule]) -> None:
+    """A gathered copy would not see it."""
+    inner = model("N")
+
+    def written(tokens: Tensor, targets: Tensor) -> Tensor:
+        x = inner.blocks[0](inner.embedding(tokens))[0] + 1
+        y = inner.head(x)
+        x.add_(1)
+        return y.mean() + inner.head(x).mean()
+
+    lsmc.compile(written, mesh=tp)(TOKENS, TOKENS)
+    assert "scattered" not in graphs[-1].code and "lsmc.summed" in graphs[-1].code
 
 
 class Heads(nn.Module):

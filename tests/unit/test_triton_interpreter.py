@@ -19,12 +19,16 @@ from lsmc.cases import GATES, Case
 from lsmc.chunk import derive
 from lsmc.lowering.plan import able
 from lsmc.schedules import CUTS
-from tests.declarations import Drawn, declarations
+from tests.declarations import MATRICES, READOUTS, Drawn, Wider, declarations
 from tests.interpreted import OWN, Job, Workers, workers
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
-METHODS = tuple(m.name for m in zoo.METHODS if able("triton", derive(m.canonical)) == "triton" and m.canonical.block is None)
+ABLE = tuple(m for m in zoo.METHODS if able("triton", derive(m.canonical)) == "triton")
+METHODS = tuple(m.name for m in ABLE if not m.canonical.matrix and m.canonical.block is None)
+WALKS = tuple(m.name for m in ABLE if m.canonical.matrix)
+EVERY = (*METHODS, *(pytest.param(n, marks=pytest.mark.slow) for n in WALKS))
+"""Kernels that go from token to token have tests of their own; --slow gives them the others as well."""
 GATED = [n for n in METHODS if getattr(zoo, n).canonical.decay_k is not None]
 EXAMPLES = int(os.environ.get("LSMC_EXAMPLES", "8"))
 SMALL = Case(batch=1, time=37, heads=1, groups=2, key_dim=5, value_dim=3, chunk=16, initial_state=True, scale=0.5)
@@ -36,7 +40,7 @@ def interpreter() -> Iterator[Workers]:
         yield pool
 
 
-@pytest.mark.parametrize("name", [*METHODS, *(n for n, own in OWN.items() if own().canonical.block is None)])
+@pytest.mark.parametrize("name", [*EVERY, *(n for n, own in OWN.items() if own().canonical.block is None)])
 def test_kernels_equal_the_recurrence_for_every_schedule(interpreter: Workers, name: str) -> None:
     """Output, final state and every gradient; value heads share key heads, T is no multiple of the chunk, inputs are slices."""
     cases = SMALL, dataclasses.replace(SMALL, batch=2, time=20)
@@ -44,7 +48,7 @@ def test_kernels_equal_the_recurrence_for_every_schedule(interpreter: Workers, n
         assert len(seen) >= 5
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", EVERY)
 def test_kernels_keep_packed_sequences_apart(interpreter: Workers, name: str) -> None:
     """Sequences that are empty, shorter than a chunk, longer than one; sizes that need several blocks, the last one partial."""
     case = dataclasses.replace(SMALL, groups=1, time=24, key_dim=70, value_dim=66, cuts=(0, 4, 4, 21))
@@ -74,6 +78,33 @@ def test_memories_that_chunks_do_not_move_affinely_equal_the_recurrence(interpre
         Job("ttt_ln", dataclasses.replace(norm, time=18), "two_pass", layout="strided"),
         Job("ttt_ln", dataclasses.replace(norm, time=9, key_dim=16, value_dim=16), "fused", "float16", gates="float32"),
         Job("ttt_ln_sequential", dataclasses.replace(norm, time=2), "fused"))
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "s4" else n for n in WALKS])
+def test_walks_through_tokens_equal_the_recurrence(interpreter: Workers, name: str) -> None:
+    """A whole sequence, and packed ones that end inside a group of tokens, with one token or none, in several blocks of V."""
+    packed = dataclasses.replace(SMALL, groups=1, time=23, key_dim=3, value_dim=33, cuts=(0, 4, 5, 5))
+    for seen in interpreter.run(Job(name, SMALL, "fused", layout="strided"), Job(name, packed, "two_pass")):
+        assert len(seen) >= 5
+
+
+WALKED = [Wider("that turns", "tanh", "gated"), Wider("of vectors", "tanh", "bonus"), Wider("that turns beside V", readout="before"),
+          Wider("whose entries turn", readout="two queries")]
+
+
+@pytest.mark.parametrize("gates", [g if g == "mixture" else pytest.param(g, marks=pytest.mark.slow) for g in GATES])
+def test_walks_of_other_declarations_equal_the_recurrence(interpreter: Workers, gates: str) -> None:
+    """Reads before and after a decay, angles along K or of every entry, cotangents that depend on what is read; every kind of gate."""
+    case = dataclasses.replace(SMALL, time=18, groups=1, gates=gates)
+    interpreter.run(*(Job(d, case, ("fused", "two_pass")[n % 2]) for n, d in enumerate(WALKED)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decay", list(MATRICES))
+def test_walks_of_every_readout_equal_the_recurrence(interpreter: Workers, decay: str) -> None:
+    readouts = [r for r in READOUTS if r != "normaliser"]
+    interpreter.run(*(Job(Wider(decay, "tanh", r), dataclasses.replace(SMALL, time=19, groups=1, cuts=((), (0, 7))[n % 2]),
+                          ("fused", "two_pass")[n // 2 % 2]) for n, r in enumerate(readouts)))
 
 
 PADDED = [Drawn("scalar", "none", key, query, "strength", "normaliser")
@@ -106,7 +137,7 @@ def test_kernels_of_drawn_declarations_equal_the_recurrence(
     interpreter.run(*(Job(drawn, case, s) for s in list(CUTS)[turn::2]))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", EVERY)
 def test_kernels_hold_16_bit_tolerances(interpreter: Workers, name: str) -> None:
     """float16 inputs, and float16 matrices beside float32 gates: matrix operands are rounded, sums and memories are not."""
     case = dataclasses.replace(SMALL, time=33, key_dim=16, value_dim=20)
@@ -123,7 +154,7 @@ def test_16_bit_kernels_hold_for_every_range_of_gates(interpreter: Workers, name
     interpreter.run(*jobs)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", EVERY)
 def test_kernels_run_on_no_token_one_token_and_one_token_repeated(interpreter: Workers, name: str) -> None:
     none, one = dataclasses.replace(SMALL, time=0), dataclasses.replace(SMALL, time=1, batch=2, defaults=True, initial_state=False)
     nothing = dataclasses.replace(none, cuts=(0, 0))
