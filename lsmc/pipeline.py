@@ -73,11 +73,13 @@ def compile_plan(canonical: Canonical, options: Options, shape: Shape = TYPICAL)
     if canonical.block is not None:  # blocks are whole chunks, or parts of one
         options = replace(options, chunk=min(options.chunk, canonical.block & -canonical.block))
         shape = replace(shape, chunk=options.chunk)
-    fresh = options.fresh and options.chunk == canonical.block
-    chunk, forward, backward = _programs(canonical, options.scale, fresh)
+    chunk, forward, backward = _programs(canonical, options.scale, False)
+    target = able(options.target, chunk)
+    fresh = options.fresh and options.chunk == canonical.block and target == "triton"  # ATen ends with chunks of no token
+    if fresh:
+        chunk, forward, backward = _programs(canonical, options.scale, True)
     _log("chunk", forward)
     _log("backward", backward)
-    target = able(options.target, chunk)
     if canonical.matrix and target == "triton":
         options = replace(options, chunk=min(options.chunk, WALK))
         shape = replace(shape, chunk=options.chunk)
