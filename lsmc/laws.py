@@ -51,7 +51,7 @@ def _run(op: Callable[..., Any], inputs: Mapping[str, Tensor], state: State, **o
 
 def _cotangents(outputs: Outputs, seed: int) -> Outputs:
     generator = torch.Generator().manual_seed(seed + 1)
-    return [_randn(tuple(x.shape), generator) for x in outputs]
+    return [_randn(tuple(x.shape), generator).to(x.device) for x in outputs]
 
 
 def _gradients(outputs: Outputs, leaves: Sequence[Tensor], seed: int) -> list[Tensor]:

@@ -34,9 +34,10 @@ GUARD = 64
 """Elements of NaN on either side of a tensor."""
 
 TOLERANCE = {"float32": {"": 1e-5}, "float16": {"": 5e-3, "the gradient of": 8e-3, "the gradient of gate": 2e-2}}
+TOLERANCE["bfloat16"] = TOLERANCE["float16"]
 """Largest RMS error over the RMS of the float64 recurrence on the same rounded inputs."""
 
-FLOOR = {"float32": 1e-2, "float16": 2e-2}
+FLOOR = {"float32": 1e-2, "float16": 2e-2, "bfloat16": 2e-2}
 """What cancels is measured against this part of the largest of the outputs, or gradients."""
 
 
@@ -130,6 +131,13 @@ def errors(found: dict[str, Tensor], wanted: dict[str, Tensor], dtype: str) -> d
     return out
 
 
+def bound(name: str, dtype: str) -> float:
+    kinds = TOLERANCE[dtype]
+    gate = name.startswith("the gradient of") and name.split()[3] not in ("q", "k", "v", "state")
+    kind = "the gradient of gate" if gate else "the gradient of" if name.startswith("the gradient of") else ""
+    return kinds.get(kind, kinds[""])
+
+
 def evaluate(op: Any, given: Sample, case: Case, leaves: list[Tensor], inputs: dict[str, Tensor], state: Any,
              **options: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Outputs and gradients by name."""
@@ -188,13 +196,7 @@ def run(job: Job) -> dict[str, float]:
     guards.check()
     seen = errors(found[0], wanted[0], job.dtype) | errors(found[1], wanted[1], job.dtype)
 
-    def bound(name: str) -> float:
-        kinds = TOLERANCE[job.dtype]
-        gate = name.startswith("the gradient of") and name.split()[3] not in ("q", "k", "v", "state")
-        kind = "the gradient of gate" if gate else "the gradient of" if name.startswith("the gradient of") else ""
-        return kinds.get(kind, kinds[""])
-
-    bad = {n: f"{e:.1e}" for n, e in seen.items() if e > bound(n)}
+    bad = {n: f"{e:.1e}" for n, e in seen.items() if e > bound(n, job.dtype)}
     if bad:  # unless the recurrence itself suffers as much from rounding: as steps in float32, or of its inputs to 16 bits
         step = 0.0 if job.dtype == "float32" else 2**-10
         near = {n: (x.detach() * (1 + step * (torch.rand_like(x) - 0.5))).requires_grad_() for n, x in exact.items()}

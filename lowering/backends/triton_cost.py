@@ -62,8 +62,7 @@ def _piece(program: Program, p: Piece, s: Shape, target: Target, columns: int | 
     ends = p.roots(program)
     body = program.ancestors(ends, p.known)
     extent = {"T": s.chunk, "K": s.key, "V": s.key if part == "factor" else s.value, "1": 1}
-    memories = any(program.index[i].dims == ("K", "V") for i in {a for op in body for a in op.args} | set(ends))
-    warps = warps or (8 if memories and p.split is None else 4)
+    warps = warps or (8 if p.kernel.carries and p.split is None else 4)
     blocks = 1
     if p.split:
         columns = min(columns or block(program, p), extent[p.split])

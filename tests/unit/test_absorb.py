@@ -314,9 +314,12 @@ def test_a_checkpointed_region_absorbs_too(caplog: pytest.LogCaptureFixture) -> 
 
 
 @pytest.mark.parametrize("method", [m.name for m in lsmc.zoo.METHODS if able("triton", derive(m.canonical)) == "triton"
-                                    and lsmc.q.expr in m.canonical.inputs])
+                                    and lsmc.q.expr in m.canonical.inputs and m.canonical.block != 1])
 def test_what_costs_more_inside_than_outside_is_left_outside(method: str) -> None:
-    """By the estimates for GPUs: what is inside anyway is free, and an input that is three products of rows is not."""
+    """By the estimates for GPUs: what is inside anyway is free, and an input that is three products of rows is not.
+
+    Not where every token has a memory of its own: reading it is nearly all, and one kernel less that does so is gained by chance.
+    """
     plan = compile_plan(getattr(lsmc.zoo, method).canonical, Options(target="triton"))
     assert judge(plan, plan, 0.0) is None
     q = lsmc.q.expr

@@ -26,7 +26,7 @@ normalised = LSM("normalised", decay=Vector("g"), update=outer(lsmc.exp(k / 2), 
 
 
 def spec_of(op: LSM, case: Case) -> str:
-    return _spec_of(op.key, "cpu", (case.scale, case.chunk, None), None)
+    return _spec_of(op.key, "cpu", (case.scale, case.chunk, None, False), None)
 
 
 def on_one(op: LSM, case: Case, drawn: Sample) -> list[Tensor]:
