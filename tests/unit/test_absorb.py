@@ -69,7 +69,7 @@ def fed(draw: st.DrawFn) -> Fed:
 
 
 @given(fed=fed())
-@settings(max_examples=int(os.environ.get("LSMC_EXAMPLES", "12")))
+@settings(max_examples=int(os.environ.get("LSMC_EXAMPLES", "8")))
 def test_absorbing_changes_no_output_and_no_gradient(fed: Fed) -> None:
     """For random chains on random declarations: every value, every gradient, those of parameters included."""
     worst, said = absorbed.run(fed)

@@ -202,6 +202,7 @@ def test_a_first_call_reports_seconds_or_why_there_is_none(capsys: pytest.Captur
     assert "Error" in json.loads(capsys.readouterr().out)["absent"]
 
 
+@pytest.mark.slow
 def test_first_calls_are_made_with_empty_caches_that_are_used_afterwards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = run(["bla"], shapes=["1,32,1,8,8"], device="cpu", against=["flashqla"], first_calls=2, out=tmp_path / "out.json",
                  caches=tmp_path / "caches")

@@ -73,7 +73,7 @@ def same(found: list[Tensor], wanted: list[Tensor]) -> bool:
 # --- one graph
 
 
-@pytest.mark.parametrize("op", [lsmc.zoo.retnet, correcting], ids=lambda op: op.name)
+@pytest.mark.parametrize("op", [pytest.param(lsmc.zoo.retnet, marks=pytest.mark.slow), correcting], ids=lambda op: op.name)
 def test_two_graphs_without_a_break_serve_every_length(op: LSM) -> None:
     """One for sequences of a single chunk, one for all others; outputs, states and gradients are eager's."""
     counter = CompileCounterWithBackend("aot_eager")

@@ -192,7 +192,7 @@ def test_a_program_is_what_it_prints(op: LSM) -> None:
 
 
 @given(drawn=declarations())
-@settings(max_examples=25)
+@settings(max_examples=15)
 def test_a_drawn_program_is_what_it_prints(drawn: Drawn) -> None:
     for program in printed(drawn.declaration().canonical):
         assert parse(str(program)) == program
