@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lsmc.runtime.collectives import place
+
 _flash = torch.ops.aten._scaled_dot_product_flash_attention.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
 
@@ -28,8 +30,7 @@ def able(q: Any, k: Any, v: Any) -> bool:
 
 def _seen(q: Tensor, group: str) -> int:
     """How many keys the last row sees."""
-    groups: Any = torch.distributed.distributed_c10d
-    return q.shape[-2] * (int(groups._resolve_process_group(group).rank()) + 1)
+    return q.shape[-2] * (place(group) + 1)
 
 
 @torch.library.custom_op("lsmc::attend", mutates_args=())

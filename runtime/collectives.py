@@ -32,11 +32,16 @@ _collectives = torch.ops._c10d_functional
 _library = torch.library.Library("lsmc", "FRAGMENT")
 
 
+def place(group: str) -> int:
+    """The place of this process in a group, known as a graph runs."""
+    groups: Any = torch.distributed.distributed_c10d
+    return int(groups._resolve_process_group(group).rank())
+
+
 @torch.library.custom_op("lsmc::rank", mutates_args=())
 def _rank(like: Tensor, group: str) -> Tensor:
     """The place of this process in a group, () int64, on the device of `like`."""
-    groups: Any = torch.distributed.distributed_c10d
-    return torch.full((), groups._resolve_process_group(group).rank(), dtype=torch.int64, device=like.device)
+    return torch.full((), place(group), dtype=torch.int64, device=like.device)
 
 
 @_rank.register_fake
@@ -220,4 +225,4 @@ def arrived(x: Any) -> Any:
     return _collectives.wait_tensor.default(x)
 
 
-__all__ = ["arrived", "gather", "gathered", "part", "rank", "scatter", "scattered", "shared", "summed", "whole"]
+__all__ = ["arrived", "gather", "gathered", "part", "place", "rank", "scatter", "scattered", "shared", "summed", "whole"]
