@@ -64,8 +64,11 @@ PASSES: dict[str, Pass] = {"find": find, "absorb": absorb, "drop_unused_states":
 
 
 def compile_graph(module: GraphModule, example_inputs: Sequence[Any], disable: Sequence[str] = (),
-                  inserted: Mapping[str, Pass] | None = None, **_: Any) -> Any:
-    """The backend that `lsmc.compile` gives to torch.compile: the passes, those of a mesh before the last, then Inductor."""
+                  inserted: Mapping[str, Pass] | None = None, mode: str = "default",
+                  options: Mapping[str, Any] | None = None) -> Any:
+    """The backend that `lsmc.compile` gives to torch.compile: the passes, those of a mesh before the last, then Inductor, with its
+    `options` over those of a `mode`."""
+    from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
     *first, last = PASSES.items()
@@ -79,8 +82,8 @@ def compile_graph(module: GraphModule, example_inputs: Sequence[Any], disable: S
             return _raising(error)
         for change in changes or ["nothing to change"]:
             log.info("%s: %s", name, change)
-    options: dict[str, Any] = {"config_patches": OVERLAP} if inserted else {}
-    return compile_fx(module, list(example_inputs), **options)
+    patches = {**(OVERLAP if inserted else {}), **list_mode_options(mode), **(options or {})}
+    return compile_fx(module, list(example_inputs), config_patches=patches or None)
 
 
 def _raising(error: LsmError) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ ranks is meant). A cotangent of a whole value is whole, of a split value split. 
 | forward | of → to | adjoint |
 |---|---|---|
 | `shared`: nothing | whole, used with what is split → whole | `summed` |
+| `shared_all`: nothing | several that are `shared` | `summed` of all of them at once |
 | `summed`: all-reduce | partial → whole | `shared` |
 | `part`: own slice | whole → split | `whole` |
 | `whole`: all-gather | split → whole | `part` |
@@ -21,6 +22,7 @@ rank is a value, `rank`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -136,6 +138,23 @@ def _same(x: Tensor, group: str) -> Tensor:
 
 _define("shared(Tensor x, str group) -> Tensor", _same, _sum)
 _define("summed(Tensor x, str group) -> Tensor", _sum, _same)
+
+
+class _SharedAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: str, *xs: Tensor) -> tuple[Tensor, ...]:
+        ctx.group = group
+        return tuple(x.view_as(x) for x in xs)
+
+    @staticmethod
+    def backward(ctx: Any, *ds: Tensor) -> tuple[Any, ...]:
+        total = _sum(torch.cat([d.flatten() for d in ds]), ctx.group)
+        return None, *(x.view(d.shape) for x, d in zip(total.split([d.numel() for d in ds]), ds))
+
+
+_library.define("shared_all(Tensor[] xs, str group) -> Tensor[]")
+_library.impl("shared_all", lambda xs, group: list(_SharedAll.apply(group, *xs)), "CompositeImplicitAutograd")
+
 _define("part(Tensor x, int dim, int size, str group) -> Tensor", _slice, _join)
 _define("whole(Tensor x, int dim, int size, str group) -> Tensor", _join, _slice)
 
@@ -168,6 +187,11 @@ def rank(like: Any, axis: Axis) -> Any:
 def shared(x: Any, axis: Axis) -> Any:
     """A whole value about to meet split ones: itself; its cotangents are summed over the ranks."""
     return torch.ops.lsmc.shared.default(x, axis.group)
+
+
+def shared_all(xs: Sequence[Any], axis: Axis) -> Any:
+    """Whole values of one type, each as if `shared`: their cotangents are summed over the ranks in one message."""
+    return torch.ops.lsmc.shared_all.default(list(xs), axis.group)
 
 
 def summed(x: Any, axis: Axis) -> Any:
@@ -225,4 +249,5 @@ def arrived(x: Any) -> Any:
     return _collectives.wait_tensor.default(x)
 
 
-__all__ = ["arrived", "gather", "gathered", "part", "place", "rank", "scatter", "scattered", "shared", "summed", "whole"]
+__all__ = ["arrived", "gather", "gathered", "part", "place", "rank", "scatter", "scattered", "shared", "shared_all", "summed",
+           "whole"]  # fmt: skip

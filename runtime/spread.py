@@ -49,6 +49,9 @@ class Split:
         return (*shape[: self.dim], (n - self.ahead) // ranks + self.ahead, *shape[self.dim + 1 :])
 
 
+SMALL = 1 << 18
+"""Numbers up to which a gradient is sent together with others: a megabyte in float32 takes about as long as the latency alone."""
+
 Rule = Callable[..., Any]
 """rule(spread, node, *args, **kwargs): the value of `node` for parts, its place marked; a tuple of them where it has several."""
 
@@ -127,6 +130,7 @@ class Spread:
         for value in self.env.values():
             if isinstance(value, Value) and value.node.op == "placeholder" and self.of(value) is None:
                 self._share_once(value)
+        self._share_together()
         hasten(new)
         module.graph = new
         new.lint()
@@ -145,7 +149,9 @@ class Spread:
                     return False
             return True
 
-        if not isinstance(value.example, Tensor) or not value.requires_grad or not ends(value.node) or len(found) < 2:
+        if not isinstance(value.example, Tensor) or not value.requires_grad or not ends(value.node):
+            return
+        if not found or [n.args[0] for n in found] == [value.node]:
             return
         users = list(value.node.users)
         self.writer.origin = None
@@ -156,6 +162,23 @@ class Spread:
         for node in found:
             node.replace_all_uses_with(node.all_input_nodes[0])
             self.writer.graph.erase_node(node)
+
+    def _share_together(self) -> None:
+        """One message for the gradients of all small inputs of a type: a message costs its latency, whatever is in it."""
+        found: dict[torch.dtype, list[Node]] = {}
+        for node in self.writer.graph.nodes:
+            if node.target is torch.ops.lsmc.shared.default and node.args[1] == self.axis.group and _given(node.args[0]):
+                if example(node).requires_grad and example(node).numel() <= SMALL:
+                    found.setdefault(example(node).dtype, []).append(node)
+        self.writer.origin = None
+        for nodes in (nodes for nodes in found.values() if len(nodes) > 1):
+            last = max(node.args[0] for node in nodes)
+            with self.writer.graph.inserting_before(next(n for n in self.writer.graph.nodes if n > last and n.op != "placeholder")):
+                made = collectives.shared_all([self.writer.proxy(node.args[0]) for node in nodes], self.axis)
+                pieces = [made[i].node for i in range(len(nodes))]
+            for node, piece in zip(nodes, pieces):
+                node.replace_all_uses_with(piece)
+                self.writer.graph.erase_node(node)
 
     def _inputs(self, nodes: Sequence[Node]) -> list[Node]:
         """The inputs that are split: tensors (B, T, …) with the B and T of the operators, or else of most inputs."""
@@ -339,6 +362,11 @@ class Spread:
         """The error for a node that does not keep parts apart."""
         place = "".join(f"\n    {line}" for line in source(node))
         return LsmMeshError(f"axis {self.axis.name!r} splits {AXES[self.axis.name]}, and {name_of(node)} {why}{place}")
+
+
+def _given(node: Any) -> bool:
+    """Whether a value is an input, as it came or as one of several that are shared together."""
+    return node.op == "placeholder" or (name_of(node) == "getitem" and name_of(node.args[0]) == "lsmc.shared_all")
 
 
 def _shown(node: Node) -> str:

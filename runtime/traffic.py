@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 
 from lsmc.errors import LsmError
 from lsmc.lowering.inductor import PASSES
-from lsmc.runtime.insert import example, passes, source
+from lsmc.runtime.insert import example, passes, source, tensors
 from lsmc.runtime.mesh import Axis, sizes
 from lsmc.runtime.plans import PLANS
 from lsmc.runtime.spread import name_of
@@ -116,7 +116,8 @@ PARAMETERS = "gradients of parameters"
 
 _KINDS = {
     "all_gather_into_tensor": ("all-gather", "reduce-scatter"), "reduce_scatter_tensor": ("reduce-scatter", "all-gather"),
-    "shared": ("", "all-reduce"), "summed": ("all-reduce", ""), "part": ("", "all-gather"), "whole": ("all-gather", ""),
+    "shared": ("", "all-reduce"), "shared_all": ("", "all-reduce"), "summed": ("all-reduce", ""),
+    "part": ("", "all-gather"), "whole": ("all-gather", ""),
     "scattered": ("reduce-scatter", "all-gather"), "gathered": ("all-gather", "reduce-scatter"),
     "dealt": ("", "all-gather"), "joined": ("all-gather", ""), "kept": ("", "all-reduce"),
 }  # fmt: skip
@@ -127,12 +128,12 @@ def _message(node: Node, axes: Mapping[str, Axis], order: Mapping[Node, int]) ->
     if name not in _KINDS or not isinstance(node.args[-1], str) or node.args[-1] not in axes:
         return None
     axis, (forward, backward) = axes[node.args[-1]], _KINDS[name]
-    sent = example(node.args[0])  # type: ignore[arg-type]
-    size = sent.numel() * sent.itemsize
+    sent, made = (tensors([example(n) for n in nodes]) for nodes in (node.all_input_nodes, [node]))
+    size = sum(x.numel() * x.itemsize for x in sent)
     factor = {"all-gather": axis.size - 1, "reduce-scatter": axis.size - 1, "all-reduce": 2 * (axis.size - 1) / axis.size, "": 0}
     if name in ("reduce_scatter_tensor", "scattered", "part"):
         size //= axis.size
-    back = factor[backward] if sent.requires_grad and example(node).requires_grad else 0
+    back = factor[backward] if sent[0].requires_grad and made[0].requires_grad else 0
     behind = list(order)[order[node] + 1 : order[arrival(node)]]
     if not factor[forward] and not back:
         return None
@@ -144,8 +145,8 @@ def _message(node: Node, axes: Mapping[str, Axis], order: Mapping[Node, int]) ->
 def _of(node: Node) -> str:
     """What it is for: the gradient of a parameter, the memories of an operator, or a line of the model."""
     first = node
-    while getattr(first.target, "namespace", "") == "lsmc" and isinstance(first.args[0], Node):
-        first = first.args[0]
+    while getattr(first.target, "namespace", "") == "lsmc":
+        first = first.all_input_nodes[0]
     if isinstance(example(first), torch.nn.Parameter):
         return PARAMETERS
     if "lsm" in node.meta:

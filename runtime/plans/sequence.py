@@ -31,6 +31,10 @@ from lsmc.runtime.insert import Value
 from lsmc.runtime.mesh import Axis
 from lsmc.runtime.spread import RULES, Spread, attention, batched, padded
 
+NEAR = 8
+"""Up to so many ranks, those of a node, summaries that are known before the operator runs are waited for: it then starts from the
+memory that comes in, which costs less than to correct its output by it."""
+
 
 def spread_sequence(module: GraphModule, axis: Axis) -> list[str]:
     """Each rank computes its share of the tokens, and what it needs of the others' it gathers."""
@@ -69,7 +73,8 @@ def operator(s: Spread, node: Node, inputs: Sequence[Value], start: Sequence[Val
     if kind == "sums":
         pack = lsmc.summary.default(given, spec, packed and packed.since)
         pending = collectives.gather(pack, s.axis)
-        o = None if twice else lsmc.fwd.default(given, [], packed and packed.ends, spec)[0]  # while the summaries are under way
+        if not twice and s.axis.size > NEAR:
+            o = lsmc.fwd.default(given, [], packed and packed.ends, spec)[0]  # while the summaries are under way
     elif kind == "columns":
         made = lsmc.columns.default(given, spec, packed and packed.ends, packed and packed.last)
         o, through, pack = made[0], made[1], made[2]

@@ -44,7 +44,7 @@ def seeds(module: GraphModule, axis: Axis) -> Iterator[tuple[Node, Split]]:
                 yield _of(source, dims.index("H" if "H" in dims else "HV"), axis, f"{what} (input {given!r})")
             for memory in arguments(node)[1]:
                 yield _of(memory, 1, axis, what)
-            for user in node.users:
+            for user in (user for user in node.users if user.users):  # what is kept for the backward has none yet
                 yield _of(user, 2 if arguments(user)[1] == 0 else 1, axis, what)
         elif name == "scaled_dot_product_attention":
             if argument(node, 4, "dropout_p", 0.0):

@@ -19,6 +19,7 @@ import lsmc
 from lsmc import LSM, M, Vector, k, outer, q, v
 from lsmc.cases import Case, sample, tensors
 from lsmc.models import HybridMoE, config
+from lsmc.runtime.plans import sequence
 from lsmc.summary import message
 from lsmc.zoo import METHODS
 from tests.dist.parts import check_odd, check_parts
@@ -123,6 +124,8 @@ def named(**sizes: int) -> DeviceMesh:
 def on_two(folder: Path) -> None:
     with as_they_are():
         check_operator(lsmc.zoo.mamba2, named(sp=2))
+        with mock.patch.object(sequence, "NEAR", 1):
+            check_operator(lsmc.zoo.gla, named(sp=2))
         check_operator(lsmc.zoo.mamba2, named(dp=2))
         for op in (lsmc.zoo.mamba2, lsmc.zoo.kda, lsmc.zoo.mamba):
             check_packed(op, named(sp=2), [0, 3, 3, 11, 16])
@@ -135,6 +138,8 @@ def on_four(folder: Path) -> None:
     with as_they_are():
         for op in (*(m for m in METHODS if message(m.canonical) != "none"), normalised):
             check_operator(op, named(sp=4))
+            with mock.patch.object(sequence, "NEAR", 1):
+                check_operator(op, named(sp=4))
             check_operator(op, named(dp=2, sp=2))
             for ends in ([0, 16], [0, 1, 15, 16], [0, 0, 4, 6, 6, 8, 16, 16]):
                 check_packed(op, named(sp=4), ends)

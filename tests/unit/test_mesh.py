@@ -26,9 +26,12 @@ from lsmc.cases import Case, sample
 from lsmc.errors import LsmError
 from lsmc.lowering import split
 from lsmc.models import HybridMoE, config
+from lsmc.runtime import attend as attention
+from lsmc.runtime import spread
 from lsmc.runtime.errors import LsmMeshError
 from lsmc.runtime.mesh import Axis
-from lsmc.runtime.traffic import traffic
+from lsmc.runtime.plans import sequence
+from lsmc.runtime.traffic import PARAMETERS, traffic
 
 RANKS = 4
 
@@ -84,9 +87,10 @@ def test_graphs_are_the_same_on_every_rank(graphs: list[GraphModule]) -> None:
     assert first.code == second.code
 
 
-def test_graphs_say_what_they_exchange(sp: DeviceMesh, graphs: list[GraphModule]) -> None:
+def test_graphs_say_what_they_exchange(sp: DeviceMesh, graphs: list[GraphModule], monkeypatch: pytest.MonkeyPatch) -> None:
     """Between a message and its answer an LSM layer runs its operator, an attention layer rotates its queries. A rank receives
     K + K·V numbers per head from each other one, and as many backward; attention's keys and values grow with the tokens."""
+    monkeypatch.setattr(sequence, "NEAR", RANKS - 1)
     tokens = torch.zeros(2, 16, dtype=torch.int64)
     lsmc.compile(small("LN"), mesh=sp)(tokens, tokens)
     order = {n: i for i, n in enumerate(graphs[-1].graph.nodes)}
@@ -102,6 +106,40 @@ def test_graphs_say_what_they_exchange(sp: DeviceMesh, graphs: list[GraphModule]
     assert memories.forward_bytes == memories.backward_bytes == (RANKS - 1) * 2 * 2 * (8 + 8 * 8) * 4
     assert attention.forward_bytes == (RANKS - 1) * 2 * 2 * 2 * (16 // RANKS) * 8 * 4
     assert memories.behind > 0 < attention.behind
+
+
+@pytest.mark.parametrize("rank", range(3))
+def test_rows_of_a_rank_attend_as_those_of_the_whole(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Joined over the keys of the ranks before and its own, o and all gradients are those of softmax attention, to the last digits."""
+    monkeypatch.setattr(attention, "place", lambda group: rank)
+    q, k, v = (torch.randn(2, 3, 12, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    rows, d = slice(4 * rank, 4 * rank + 4), torch.randn(2, 3, 4, 8, dtype=torch.float64)
+    found = attention.attend(q[..., rows, :], k, v, 0.3, "")
+    wanted = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3)[..., rows, :]
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-13)
+    torch.testing.assert_close(*(torch.autograd.grad(x, (q, k, v), d) for x in (found, wanted)), rtol=0, atol=1e-13)
+
+
+def test_attention_over_a_mesh_makes_no_tensor_of_tokens_by_tokens(sp: DeviceMesh, graphs: list[GraphModule]) -> None:
+    tokens = torch.zeros(2, 64, dtype=torch.int64)
+    lsmc.compile(small("N"), mesh=sp)(tokens, tokens)
+    shapes = [tuple(n.meta["example_value"].shape) for n in graphs[-1].graph.nodes
+              if isinstance(n.meta.get("example_value"), Tensor)]
+    assert calls(graphs[-1], "lsmc.attend")
+    assert not any(shape[-2:] == (16, 64) for shape in shapes)
+
+
+def test_small_gradients_are_summed_in_one_message(sp: DeviceMesh, graphs: list[GraphModule], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One message a type for all that is small; large ones by themselves. As many bytes as one by one."""
+    tokens, found = torch.zeros(2, 16, dtype=torch.int64), dict[int, list[int]]()
+    for most in (1 << 18, 40, 0):
+        monkeypatch.setattr(spread, "SMALL", most)
+        torch._dynamo.reset()
+        lsmc.compile(small("L"), mesh=sp)(tokens, tokens)
+        (group,) = {n.args[-1] for n in calls(graphs[-1], "lsmc.shared")}
+        found[most] = [m.backward_bytes for m in traffic(graphs[-1], {"sp": Axis("sp", RANKS, group)}) if m.of == PARAMETERS]
+    assert len(found[1 << 18]) == 1 < len(found[40]) < len(found[0])
+    assert len({sum(sizes) for sizes in found.values()}) == 1
 
 
 def test_checkpointed_regions_are_rewritten_inside(sp: DeviceMesh, graphs: list[GraphModule]) -> None:

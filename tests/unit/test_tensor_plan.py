@@ -6,6 +6,7 @@ The processes are imagined (torch's "fake" group): graphs are captured and rewri
 from __future__ import annotations
 
 import math
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -21,11 +22,14 @@ from torch.nn import functional as F
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import lsmc
+from lsmc.cases import Case, sample
+from lsmc.lowering import ops
 from lsmc.models import HybridMoE, config
 from lsmc.runtime.errors import LsmConfigError, LsmMeshError
 from lsmc.runtime.mesh import Axis, sizes
 from lsmc.runtime.plans.dims import _fused, _unfused
 from lsmc.runtime.plans.parts import layouts
+from lsmc.runtime.plans.tensor import layouts as layouts_of
 from lsmc.runtime.ranks import Ranks
 from lsmc.runtime.traffic import traffic
 from lsmc.runtime.train import TrainConfig
@@ -86,6 +90,20 @@ def test_a_layer_takes_one_sum_in_each_direction(length: int, tp: DeviceMesh, gr
         assert [shape[1] for shape in norms if shape[-1] == 12] == [16, 8, 8, 8, 8]
     assert "joined" not in graphs[-1].code
     losses.total.backward()
+
+
+def test_kept_values_that_nothing_reads_are_of_any_shape(tp: DeviceMesh, graphs: list[GraphModule]) -> None:
+    """In regions that are checkpointed a graph takes all that an operator gives, what it keeps for its backward too."""
+    def layer(inputs: dict[str, Tensor]) -> Tensor:
+        return F.silu(lsmc.zoo.gla(**inputs))
+
+    lsmc.compile(layer, mesh=tp, disable=("tensor",))(sample(lsmc.zoo.gla, Case(time=8, groups=2, key_dim=2, value_dim=2)).inputs)
+    ((inner, node),) = ops.in_graph(graphs[-1])
+    wanted = layouts_of(inner, axis := Axis("tp", 2, "tp"))
+    with inner.graph.inserting_after(node):
+        kept = inner.graph.call_function(operator.getitem, (node, 2))
+    kept.meta["example_value"] = torch.zeros(3)
+    assert layouts_of(inner, axis) == wanted
 
 
 def test_tokens_stay_whole_where_something_is_written_in_place(tp: DeviceMesh, graphs: list[GraphModule]) -> None:
