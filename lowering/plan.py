@@ -69,9 +69,9 @@ def sharings(target: str, forward: Program, backward: Program, cuts: Iterable[Sc
     is cut in these ways."""
     if target == "triton":
         from lsmc.lowering.backends.triton_cut import passed
-        from lsmc.lowering.backends.triton_sums import gather
+        from lsmc.lowering.backends.triton_sums import summed
 
-        forward, backward = gather(forward), gather(backward)
+        forward, backward = summed(forward), summed(backward)
         found = [passed(backward, cut) for cut in cuts]
     else:
         found = [aten.passed(backward)]

@@ -16,7 +16,7 @@ from lsmc.affine import FACTOR, PART
 from lsmc.ir import Dims, Program
 from lsmc.lowering import kernels, ptxas
 from lsmc.lowering.backends import triton_tiles
-from lsmc.lowering.backends.triton_cut import WIDE, brief
+from lsmc.lowering.backends.triton_cut import WIDE, brief, whole
 from lsmc.lowering.backends.triton_emit import Emitted, emit
 from lsmc.lowering.backends.triton_record import Launched, Likeness, Recording, Room, likeness, recordable
 from lsmc.lowering.backends.triton_scan import GROUP, walked, writer
@@ -296,14 +296,14 @@ class _Launch:
 
     def _output(self, name: str, dims: Dims, blocks: int, units: int) -> Tensor:
         """Room for one output; float32 where `finish` sums over blocks, chunks or sequences (`units`), or value heads."""
-        source = self.given.get(name[2:]) if name.startswith("d_") else None
+        source = self.given.get(whole(name)[2:]) if whole(name).startswith("d_") else None
         last = tuple(self.size[d] for d in _named(dims))
         parts = (blocks,) if blocks else ()
         self.parts[name] = blocks
         if dims[0] != "T":
             return self.room((*parts, units, self.heads, *last), torch.float32, zero=self.packed or self.led)
         dtype = self.dtypes.get(name, self.like.dtype if source is None else source.dtype)
-        if blocks or source is not None and source.shape[2] != self.heads:
+        if blocks or name != whole(name) or source is not None and source.shape[2] != self.heads:
             dtype = torch.float32
         return self.room((*parts, self.batch, self.tokens, self.heads, *last), dtype)
 
@@ -351,12 +351,13 @@ def tables(cu_seqlens: Tensor, chunk: int, chunks: int, seen: Tensor | None = No
 
 def finish(outputs: Mapping[str, Tensor], inputs: Mapping[str, Tensor], parts: Mapping[str, int], heads: int,
            dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
-    """Sums over what kernels left apart: blocks, value heads that share a query/key head, chunks of per-head gradients."""
-    out = {}
+    """Sums over what kernels left apart: blocks, shares, value heads that share a query/key head, chunks of per-head gradients."""
+    out: dict[str, Tensor] = {}
     for name, x in outputs.items():
+        x = x.sum(0) if parts[name] else x
+        out[whole(name)] = out[whole(name)] + x if whole(name) in out else x
+    for name, x in out.items():
         source = inputs.get(name[2:]) if name.startswith("d_") else None
-        if parts[name]:
-            x = x.sum(0)
         if source is not None and source.shape[0] == heads and x.shape[1:] == source.shape:
             x = x.sum(0)
         elif source is not None and x.ndim > 2 and source.ndim > 2 and source.shape[2] != x.shape[2]:

@@ -273,12 +273,17 @@ def _walks(program: Program, schedule: Schedule) -> tuple[Piece, ...]:
     return tuple(Piece(k, given, (), "V") for k in needed(program, kernels))
 
 
+def whole(name: str) -> str:
+    """The output that one of this name is, or is a share of (`triton_sums.dealt`)."""
+    return name[3:] if name.startswith(("_K_", "_V_")) else name
+
+
 def _settled(program: Program, kernels: tuple[Kernel, ...]) -> list[Kernel]:
     """Stores move to the first scan that works out what they store: no later kernel would have to copy it."""
     made = dict(program.outputs)
     stores: dict[str, list[str]] = {k.name: [] for k in kernels}
     for i, k in enumerate(kernels):
-        for n in k.stores:
+        for n in (n for n in made if whole(n) in k.stores):
             stores[next((e.name for e in kernels[:i] if made[n] in through(program, e)), k.name)].append(n)
     gone = {c.name for c in program.carries if brief(program, c)}
     return [replace(k, stores=tuple(stores[k.name]), saves=tuple(s for s in k.saves if s not in gone))

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 
 from lsmc import zoo
+from lsmc.adjoint import differentiate
 from lsmc.chunk import derive
+from lsmc.factors import hoist
 from lsmc.lowering.plan import able
 from lsmc.lsm import LSM
 from lsmc.pipeline import Options, compile_plan
-from lsmc.schedules import CUTS
+from lsmc.schedules import CUTS, two_pass
 from tests.declarations import Drawn
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
@@ -84,3 +86,15 @@ def test_sizes_that_change_between_calls_compile_no_kernel_anew(method: LSM) -> 
             assert keyword.arg == "do_not_specialize"
             assert runtime <= set(ast.literal_eval(keyword.value)), function.name
             assert "T" in runtime
+
+
+@pytest.mark.parametrize("method", DECLARATIONS, ids=lambda d: d.name)
+def test_the_gradients_of_keys_and_of_values_share_one_product_at_most(method: LSM) -> None:
+    """Queries by keys: any other that both kernels over chunks took would be half of its work done again."""
+    from lsmc.lowering.backends.triton_cut import pieces
+    from lsmc.lowering.backends.triton_sums import gather
+
+    program = gather(hoist(differentiate(derive(method.canonical))))
+    made = {p.split: {op.id for op in program.ancestors(p.roots(program), p.known) if op.kind == "matmul"}
+            for p in pieces(program, two_pass(program)) if not p.kernel.carries}
+    assert len(made.get("K", set()) & made.get("V", set())) <= 1
