@@ -67,7 +67,7 @@ def candidates(compiled: Compiled, shape: Shape, target: Target = H200) -> dict[
         if k.how == "slow":
             continue
         base = usual[k.kernel.name]
-        split = f"B{k.split}"
+        split = f"B{k.split}" if k.split in ("K", "V") else ""
         full = max(16, rounded({"K": shape.key, "V": shape.value}.get(k.split or "", 1)))
         made: dict[Candidate, float] = {}
         for columns in dict.fromkeys([base[split], *(c for c in COLUMNS if c <= full)]) if k.split else (None,):
