@@ -166,6 +166,7 @@ class _Launch:
         for m in (memories.get(c.name) for c in self.program.carries):
             if m is not None:
                 self.heads = m.shape[1]
+        self.size["F"] = self.size.get("K", 1) ** 2
         self.batch, self.tokens = tokens.shape[:2]
         self.like, self.device = tokens, tokens.device
         self.type = _TYPES[tokens.dtype]
@@ -279,7 +280,7 @@ class _Launch:
         plan = self.plan(k)
         blocks = 1
         if k.split and not k.inner:
-            blocks = triton.cdiv(size[k.split], plan["BK" if k.split == "K" else "BV"])
+            blocks = size["K"] if k.split == "F" else triton.cdiv(size[k.split], plan["BK" if k.split == "K" else "BV"])
         for name, op in k.stores:
             if k.how != "slow":
                 parts, count = blocks if name in k.partial else 0, units if k.walks else self.chunks
@@ -372,7 +373,7 @@ def plan_of(k: Emitted, key: int, value: int, sequences: int, chunk: int) -> Pla
         return walked(key, value)
     value = key if k.kernel.part == "factor" else value  # the columns of the factor
     size = {"K": max(16, triton.next_power_of_2(key)), "V": max(16, triton.next_power_of_2(value))}
-    if k.split:
+    if k.split in size:
         size[k.split] = min(size[k.split], k.block if k.scan or ptxas.sound() else max(k.block, WIDE))
     whole = k.split is None and bool(k.carries)
     warps = 8 if whole or k.kernel.part == "combine" else 4  # memories of all columns, exact products: the registers of eight

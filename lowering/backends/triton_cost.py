@@ -61,11 +61,11 @@ def _piece(program: Program, p: Piece, s: Shape, target: Target, columns: int | 
     part, n = p.kernel.part, count(s.sequences, s.chunks, target.units) if p.kernel.part else 1
     ends = p.roots(program)
     body = program.ancestors(ends, p.known)
-    extent = {"T": s.chunk, "K": s.key, "V": s.key if part == "factor" else s.value, "1": 1}
+    extent = {"T": s.chunk, "K": s.key, "V": s.key if part == "factor" else s.value, "F": s.extent["F"], "1": 1}
     warps = warps or (8 if p.kernel.carries and p.split is None else 4)
     blocks = 1
     if p.split:
-        columns = min(columns or block(program, p), extent[p.split])
+        columns = s.key if p.split == "F" else min(columns or block(program, p), extent[p.split])
         blocks = -(-extent[p.split] // columns)
         extent[p.split] = columns
     extent["E"] = extent["K"] * extent["V"]

@@ -25,7 +25,8 @@ from tests.interpreted import OWN, Job, Workers, workers
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
 ABLE = tuple(m for m in zoo.METHODS if able("triton", derive(m.canonical)) == "triton")
-METHODS = tuple(m.name for m in ABLE if not m.canonical.matrix and m.canonical.block is None)
+PAIRS = tuple(m.name for m in ABLE if m.canonical.rows == "F")
+METHODS = tuple(m.name for m in ABLE if not m.canonical.matrix and m.canonical.block is None and m.name not in PAIRS)
 WALKS = tuple(m.name for m in ABLE if m.canonical.matrix)
 EVERY = (*METHODS, *(pytest.param(n, marks=pytest.mark.slow) for n in WALKS))
 """Kernels that go from token to token have tests of their own; --slow gives them the others as well."""
@@ -78,6 +79,16 @@ def test_memories_that_chunks_do_not_move_affinely_equal_the_recurrence(interpre
         Job("ttt_ln", dataclasses.replace(norm, time=18), "two_pass", layout="strided"),
         Job("ttt_ln", dataclasses.replace(norm, time=9, key_dim=16, value_dim=16), "fused", "float16", gates="float32"),
         Job("ttt_ln_sequential", dataclasses.replace(norm, time=2), "fused"))
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_memories_over_pairs_equal_the_recurrence(interpreter: Workers, name: str) -> None:
+    """K rows of pairs for each program; packed sequences; what is kept for the backward, and what it makes again itself."""
+    packed = dataclasses.replace(SMALL, groups=1, time=24, key_dim=3, value_dim=17, cuts=(0, 4, 4, 21))
+    half = dataclasses.replace(SMALL, groups=1, time=17, key_dim=4, initial_state=False)
+    for seen in interpreter.run(Job(name, SMALL, "fused", layout="strided"), Job(name, packed, "two_pass", alone=True),
+                                Job(name, half, "segments", "float16", gates="float32")):
+        assert len(seen) >= 5
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "s4" else n for n in WALKS])

@@ -30,7 +30,7 @@ WALKS = tuple(n for n in METHODS if getattr(zoo, n).canonical.matrix)
 """Whose kernels go from token to token: few states for each of many channels, no products of tiles."""
 SLOW = ("kda", "gated_deltanet")
 """Their largest kernels take ptxas half a minute: these come first."""
-RARE = ("titans", "titans_plain", "gfw", "gateloop", "gateloop_real", "s4", "s4_complex", "gfw_full", "ttt_ln", "ttt_ln_sequential")
+RARE = ("titans", "titans_plain", "gfw", "gateloop", "gateloop_real", "s4", "s4_complex", "gfw_full", "ttt_ln", "ttt_ln_sequential", "rebased")
 """Left to --slow: variants, and what takes ptxas long."""
 SEGMENTS = ("deltanet",)
 """Whose scans in segments are compiled without --slow: one of each way to combine them."""
