@@ -12,8 +12,8 @@ from lsmc.lowering.backends.triton_emit import SIZE, Writer
 
 TILE = 8192
 """Entries of all memories in the registers of one program, where it can choose."""
-NARROW, FEWEST = 32, 8
-"""Columns that lie in a whole line of memory together, and the least where there are few sequences."""
+WIDE, NARROW, FEWEST = 128, 32, 8
+"""The most columns; those that lie in a whole line of memory together; the least where there are few sequences."""
 WARP = 1024
 """Entries of all memories that a warp holds."""
 MOST = 16
@@ -51,7 +51,7 @@ def held(key: int, value: int, memories: int, sequences: int, split: bool, units
     heads) are too few for the processors; all columns where they are not shared (`split`)."""
     rows, columns = (1 << max(0, n - 1).bit_length() for n in (key, value))
     if split:
-        columns = min(columns, max(NARROW, TILE // (rows * max(1, memories))))
+        columns = min(columns, WIDE, max(NARROW, TILE // (rows * max(1, memories))))
         while columns > FEWEST and sequences * -(-value // columns) < 2 * units:
             columns //= 2
     warps = 1 << max(1, rows * columns * memories // WARP).bit_length() - 1

@@ -116,9 +116,9 @@ def test_kernels_that_are_chosen_by_default_fit_the_gpu(
 @pytest.mark.parametrize(("name", "direction", "schedule", "dtype"),
                          [pytest.param(n, "forward", "walk", "bf16", id=n, marks=[pytest.mark.slow] * (n not in STEPS)) for n in METHODS])
 def test_a_step_holds_its_memories_in_registers(compiles: Compiles, name: str, direction: str, schedule: str, dtype: str) -> None:
-    """One kernel without spills, two programs or more on a multiprocessor."""
+    """One kernel without spills, of which a multiprocessor holds two or more; one, if it has all columns."""
     (r,) = compiles.start(name, direction, schedule, dtype).result()
-    assert r.spills == 0 and r.registers * r.warps <= 1024 and r.shared <= H200.shared_bytes // 2, str(r)
+    assert r.spills == 0 and r.registers * r.warps <= (1024 if r.warps < 16 else 2048) and r.shared <= H200.shared_bytes // 2, str(r)
 
 
 @pytest.mark.slow
