@@ -223,8 +223,7 @@ def _bind_traced(declaration: LSM, names: tuple[str, ...], inputs: Mapping[str, 
 
 
 def step(declaration: LSM, *, state: State | None = None, scale: float = 1.0, **inputs: Any) -> tuple[Tensor, State]:
-    """One token of every sequence, (o (B, HV, V), new state): the recurrence, on GPUs in one launch that reads and writes the memory
-    once.
+    """One token of every sequence, (o (B, HV, V), new state): on GPUs one launch, which reads the memory once and writes it once.
 
     inputs are those of `call` without the T dimension: q, k (B, H, K), v (B, HV, V), gates (B, HV, …); `state` is what
     the last step or `return_final_state` gave, zeros if None. Memory use does not grow with the tokens read.

@@ -43,7 +43,7 @@ def measure(name: str, direction: str, schedule: str, dtype: str) -> list[Any]:
     from lsmc.lowering.offline import resources
 
     plan = compile_plan(getattr(zoo, name).canonical, Options(schedule=None if schedule == "chosen" else schedule, target="triton",
-                                                                 fresh=True))
+                                                                 fresh=schedule != "walk"))
     executable: Any = getattr(plan, direction).executable
     if "segments" in schedule:
         executable.kernels = tuple(k for k in executable.kernels if k.kernel.part) or executable.kernels
