@@ -20,6 +20,12 @@ from lsmc.keep import keep
 from lsmc.schedules import Choice, Schedule, Shape
 from lsmc.schedules.base import Rank, by_kernel
 
+Results = tuple[dict[str, Tensor], dict[str, Tensor]]
+"""Outputs, and the last value of every carry, by name."""
+
+Repeat = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Results | None]
+"""A recorded launch on other tensors of the same sizes, strides, types and alignments; None where it holds no longer."""
+
 
 class Executable(Protocol):
     """What a backend makes of a program and its schedule."""
@@ -31,7 +37,9 @@ class Executable(Protocol):
     keeps: tuple[str, ...]  # names of the outputs that are inputs of the backward program
 
     def launch(self, inputs: Mapping[str, Tensor], memories: Mapping[str, Tensor], chunk: int,
-               cu_seqlens: Tensor | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]: ...
+               cu_seqlens: Tensor | None = None) -> Results: ...
+
+    def recorded(self, inputs: Mapping[str, Tensor], memories: Mapping[str, Tensor], chunk: int) -> Repeat | None: ...
 
 
 def backend(device: str) -> str:

@@ -77,6 +77,7 @@ def compile_plan(canonical: Canonical, options: Options, shape: Shape = TYPICAL)
     lacking = lacks(options.target, chunk)
     target = "aten" if lacking else options.target
     fresh = options.fresh and options.chunk == canonical.block and target == "triton"  # ATen ends with chunks of no token
+    fresh &= shape.tokens >= options.chunk  # else nothing is gained, and tokens could not be walked through one by one
     if fresh:
         chunk, forward, backward = _programs(canonical, options.scale, True)
     _log("chunk", forward)

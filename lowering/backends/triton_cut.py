@@ -243,6 +243,8 @@ def block(program: Program, piece: Piece) -> int:
 @functools.cache
 def pieces(program: Program, schedule: Schedule) -> tuple[Piece, ...]:
     """The launches of a schedule, in order."""
+    if any(k.walks for k in schedule.kernels):
+        return tuple(Piece(k, frozenset(), (), "V" if splits(k.of(program), k, ()).get("V") else None) for k in schedule.kernels)
     if any(op.kind in SCANS for op in program.ops):
         return _walks(program, schedule)
     if any("F" in op.dims for op in program.ops):

@@ -50,6 +50,7 @@ class Emitted:
     inner: bool  # one program takes all blocks of the split dimension, one after the other
     how: str
     walks: bool  # from token to token
+    wide: int  # of its carries, those over (K, V)
     source: str
 
     @property
@@ -159,6 +160,8 @@ class Writer:
     """
 
     walks = False
+    varies: tuple[str, ...] = "B", "T", "HV", "COUNT", "CHUNKS"
+    """Sizes whose values change nothing in the code."""
 
     def __init__(self, program: Program, piece: Piece, how: str = "", origin: dict[int, int] | None = None,
                  later: Iterable[int] = ()) -> None:
@@ -281,7 +284,8 @@ class Writer:
         source = self._signature() + "\n".join(self.lines) + "\n"
         partial = frozenset(n for n, op in self.stores if op.id in self.part)
         return Emitted(self.name, self.kernel, self.inputs, self.stores, partial, self.carries, self.loads, self.makes,
-                       self.takes, self.split, block(self.program, self.piece), self.piece.inner, self.how, self.walks, source)
+                       self.takes, self.split, block(self.program, self.piece), self.piece.inner, self.how, self.walks,
+                       sum("1" not in self.program.index[c.inp].dims for c in self.carries), source)
 
     def _close(self) -> None:
         """The end of the kernel: of tiles, everything was stored chunk by chunk."""
@@ -311,8 +315,8 @@ class Writer:
                 row = "    "
             row += a + ", "
         rows.append(row.rstrip())
-        free = '["B", "T", "HV", "COUNT", "CHUNKS"' + ', "SEGMENTS"' * bool(self.kernel.part) + "]"
-        return f"\n\n@triton.jit(do_not_specialize={free})\ndef {self.name}(\n" + "\n".join(rows) + "\n):\n"
+        free = ", ".join(f'"{n}"' for n in (*self.varies, *["SEGMENTS"] * bool(self.kernel.part)))
+        return f"\n\n@triton.jit(do_not_specialize=[{free}])\ndef {self.name}(\n" + "\n".join(rows) + "\n):\n"
 
     def _prologue(self, scan: bool) -> None:
         blocks = {"K": "(K + BK - 1) // BK", "V": "(V + BV - 1) // BV", "F": "K", None: "1"}[self.split]
@@ -409,7 +413,11 @@ class Writer:
 
     def _memory(self, c: Carry) -> tuple[str, str, str]:
         """Offsets, mask and elements of a memory's tile."""
-        r, k = self.program.index[c.inp].dims
+        return self._lies(self.program.index[c.inp].dims)
+
+    def _lies(self, dims: Dims) -> tuple[str, str, str]:
+        """Offsets, mask and elements of what lies in memory row by row, as all of one head has these dimensions."""
+        r, k = dims
         parts = [f"r{r} * {k}" if k != "1" else f"r{r}"] * (r != "1") + [f"c{k}"] * (k != "1")
         offset = " + ".join(parts) or "tl.zeros([1, 1], tl.int32)"
         elements = f"{r} * {k}" if k != "1" else r

@@ -78,13 +78,15 @@ def test_offsets_reach_beyond_2_to_the_31(method: LSM) -> None:
 
 @pytest.mark.parametrize("method", DECLARATIONS, ids=lambda m: m.name)
 def test_sizes_that_change_between_calls_compile_no_kernel_anew(method: LSM) -> None:
-    """T, and what follows from it, are arguments that Triton does not specialise for values such as 1 and 16."""
+    """T, and what follows from it, are arguments that Triton does not specialise for values such as 1 and 16: but for a walk, whose
+    call of one token is code of its own."""
     for source in sources(method):
         for function in (n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef)):
             runtime = {a.arg for a in function.args.args if a.annotation is None} & SIZES
             keyword = function.decorator_list[0].keywords[0]  # type: ignore[attr-defined]
             assert keyword.arg == "do_not_specialize"
-            assert runtime <= set(ast.literal_eval(keyword.value)), function.name
+            free = {"T"} if function.name.endswith("_tokens") else set()
+            assert runtime == free | set(ast.literal_eval(keyword.value)), function.name
             assert "T" in runtime
 
 
