@@ -58,8 +58,8 @@ LARGER = (8, 64, 1024)
 
 def larger(captured: Callable[[Mapping[str, Axis]], GraphModule],
            axes: Mapping[str, Axis]) -> tuple[list[str], list[list[str]]]:  # fmt: skip
-    """The same step on more ranks of "sp" (or of the mesh's first axis): what a rank receives, and how long that would take. Each is
-    read off a graph of its own; where there is none, the reason stands instead."""
+    """The same step on more ranks of "sp" (or of the mesh's first axis): what a rank receives, and how long that would take.
+    Each is read off a graph of its own; where there is none, the reason stands instead."""
     machine, rows = Machine(), list[list[str]]()
     grown = "sp" if "sp" in axes else next(iter(axes))
     rest = math.prod(axis.size for name, axis in axes.items() if name != grown)

@@ -196,7 +196,7 @@ def on_two(folder: Path) -> None:
         check_operator(lsmc.zoo.mamba2, named(sp=2))
         check_operator(lsmc.zoo.mamba2, named(dp=2))
         check_operator(lsmc.zoo.ttt_ln, named(sp=2))
-        for op, states in ((lsmc.zoo.mamba2, False), (lsmc.zoo.kda, False), (lsmc.zoo.mamba, True), (lsmc.zoo.kda, True)):
+        for op, states in ((lsmc.zoo.mamba2, False), (lsmc.zoo.kda, False), (lsmc.zoo.mamba, True)):
             check_packed(op, named(sp=2), [0, 3, 3, 11, 16, 16], states)
         for axis in ("sp", "dp", "tp"):
             check_noise(named(**{axis: 2}))
