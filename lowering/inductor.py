@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch.fx import GraphModule
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from lsmc.errors import LsmError
 from lsmc.lowering import ops
@@ -25,6 +26,11 @@ def constant(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Tell Dynamo to run `function` on its constant arguments while tracing, and to keep the result as a constant."""
     made: Callable[_P, _R] = torch._dynamo.assume_constant_result(function)
     return made
+
+
+def watched() -> bool:
+    """Whether a mode looks at operators as they are called: then nothing may go past them."""
+    return is_in_torch_dispatch_mode()
 
 
 log = logging.getLogger("lsmc.passes")

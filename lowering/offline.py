@@ -63,10 +63,12 @@ def resource(compiled: Compiled, k: Emitted, key: int, value: int, chunk: int, d
     plan = dict(plan)
     value = key if k.kernel.part == "factor" else value
     options = {o: plan.pop(o) for o in ("num_warps", "num_stages")}
-    rows = max(chunk, 16)
+    chunk = 1 if k.kernel.walks else chunk
+    rows = chunk if k.walks else max(chunk, 16)
     constants: dict[str, Any] = {"C": rows, "STEP": chunk, "LEVELS": rows.bit_length() - 1, "K": key, "V": value, "PACKED": False,
                                  "HOW": {"first": 0, "fast": 0, "slow": 1}.get(k.how, 2),
                                  "DT": types[dtype], **plan}
+    constants |= {"T": 1} if k.kernel.walks else {}  # a step
     constants |= {"LED": False} if "LED" in function.arg_names else {}
     exact = {f"s_{c.name}" for c in (*k.carries, *k.loads) if k.kernel.part == "combine" or k.kernel.of(compiled.program).index[
         c.inp].dims[0] == "1"}

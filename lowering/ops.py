@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 from torch.library import triton_op
 
 from lsmc.errors import LsmDerivativeError
-from lsmc.lowering.plan import Plan
+from lsmc.lowering.plan import Plan, Repeat
 
 _PLANS: dict[str, Plan] = {}
 
@@ -231,6 +231,12 @@ def run(inputs: Sequence[Tensor], start: Sequence[Tensor], cu_seqlens: Tensor | 
         return out
     eager: tuple[Tensor, ...] = _Eager.apply(spec, len(inputs), cu_seqlens, *inputs, *start)
     return eager
+
+
+def recorded(inputs: Sequence[Tensor], start: Sequence[Tensor], spec: str) -> Repeat | None:
+    """What `run`, without derivatives, has recorded of tensors like these: by names of inputs and memories, to outputs and ends."""
+    plan = plan_of(spec)
+    return plan.forward.executable.recorded(dict(zip(plan.inputs, inputs, strict=True)), dict(zip(plan.carries, start)), plan.chunk)
 
 
 torch.library.register_autograd("lsmc::fwd", _backward, setup_context=_save)

@@ -20,6 +20,12 @@ from lsmc.keep import keep
 from lsmc.schedules import Choice, Schedule, Shape
 from lsmc.schedules.base import Rank, by_kernel
 
+Results = tuple[dict[str, Tensor], dict[str, Tensor]]
+"""Outputs, and the last value of every carry, by name."""
+
+Repeat = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Results | None]
+"""A recorded launch on other tensors of the same sizes, strides, types and alignments; None where it holds no longer."""
+
 
 class Executable(Protocol):
     """What a backend makes of a program and its schedule."""
@@ -31,7 +37,9 @@ class Executable(Protocol):
     keeps: tuple[str, ...]  # names of the outputs that are inputs of the backward program
 
     def launch(self, inputs: Mapping[str, Tensor], memories: Mapping[str, Tensor], chunk: int,
-               cu_seqlens: Tensor | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]: ...
+               cu_seqlens: Tensor | None = None) -> Results: ...
+
+    def recorded(self, inputs: Mapping[str, Tensor], memories: Mapping[str, Tensor], chunk: int) -> Repeat | None: ...
 
 
 def backend(device: str) -> str:
@@ -39,20 +47,19 @@ def backend(device: str) -> str:
     return os.environ.get("LSMC_BACKEND") or ("triton" if device == "cuda" else "aten")
 
 
-LACKS = {"triton": frozenset({"pairs", "pairs_grad"})}
-"""Operations that a backend has no code for."""
+def lacks(target: str, program: Program) -> str:
+    """The rule by which a backend has no code for a forward program, in words; empty where it has."""
+    if target == "aten":
+        return ""
+    from lsmc.lowering.backends.triton_cut import unshared
+    from lsmc.lowering.backends.triton_scan import unwalkable
+
+    return unwalkable(program) if any(op.kind == "scan" for op in program.ops) else unshared(program)
 
 
 def able(target: str, program: Program) -> str:
-    """The backend `target` where it has code for all of a program, else ATen, which runs on every device."""
-    if target == "aten" or LACKS[target] & {op.kind for op in program.ops}:
-        return "aten"
-    rows = {program.index[c.inp].dims[0] for c in program.carries}
-    if any(op.kind == "scan" for op in program.ops):
-        from lsmc.lowering.backends.triton_scan import walkable
-
-        return target if rows == {"K"} and walkable(program) else "aten"
-    return target if rows <= {"K", "1"} else "aten"  # in the registers of one program
+    """The backend `target` where it has code for all of a forward program, else ATen, which runs on every device."""
+    return "aten" if lacks(target, program) else target
 
 
 def ranking(target: str) -> Rank:
@@ -69,9 +76,9 @@ def sharings(target: str, forward: Program, backward: Program, cuts: Iterable[Sc
     is cut in these ways."""
     if target == "triton":
         from lsmc.lowering.backends.triton_cut import passed
-        from lsmc.lowering.backends.triton_sums import gather
+        from lsmc.lowering.backends.triton_sums import summed
 
-        forward, backward = gather(forward), gather(backward)
+        forward, backward = summed(forward), summed(backward)
         found = [passed(backward, cut) for cut in cuts]
     else:
         found = [aten.passed(backward)]
@@ -122,6 +129,7 @@ class Plan:
     fresh              blocks begin with chunks: memories that are given may be in the middle of one
     shape              the sizes at which its schedules were ranked
     derive             the plan of another method, with its factor on q, at the options of this one
+    lacking            the rule by which the backend that was asked for has no code for it, if it runs on ATen instead
     """
 
     canonical: Canonical
@@ -133,6 +141,7 @@ class Plan:
     training: Direction
     backward: Direction
     derive: Callable[[Canonical, float], Plan] = field(compare=False, repr=False)
+    lacking: str = ""
 
     @property
     def name(self) -> str:

@@ -67,11 +67,11 @@ def candidates(compiled: Compiled, shape: Shape, target: Target = H200) -> dict[
         if k.how == "slow":
             continue
         base = usual[k.kernel.name]
-        split = f"B{k.split}"
+        split = f"B{k.split}" if k.split in ("K", "V") else ""
         full = max(16, rounded({"K": shape.key, "V": shape.value}.get(k.split or "", 1)))
         made: dict[Candidate, float] = {}
-        for columns in dict.fromkeys([base[split], *(c for c in COLUMNS if c <= full)]) if k.split else (None,):
-            for warps in (4, 8) if columns in (None, full) else (base["num_warps"],):
+        for columns in dict.fromkeys([base[split], *(c for c in COLUMNS if c <= full)]) if split else (None,):
+            for warps in dict.fromkeys((base["num_warps"], *((4, 8) if columns in (None, full) else ()))):
                 seconds = predict(compiled.program, compiled.schedule, k.kernel.name, shape, target, columns, warps)
                 for stages in STAGES if (k.scan or k.inner) and warps == 4 else (base["num_stages"],):
                     plan = {**base, **({split: columns} if columns else {}), "num_warps": warps, "num_stages": stages}

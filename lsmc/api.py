@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from lsmc import inputs as checks
 from lsmc.errors import (
@@ -20,10 +22,10 @@ from lsmc.errors import (
 )
 from lsmc.expr import Field
 from lsmc.lowering import ops
-from lsmc.lowering.inductor import PASSES, compile_graph, constant
-from lsmc.lowering.plan import backend
+from lsmc.lowering.inductor import PASSES, compile_graph, constant, watched
+from lsmc.lowering.plan import Repeat, backend
 from lsmc.lsm import LSM, attach, declared
-from lsmc.pipeline import CHUNK, Options, compile_plan
+from lsmc.pipeline import CHUNK, TYPICAL, Options, compile_plan
 from lsmc.runtime.insert import passes
 from lsmc.runtime.mesh import axes
 from lsmc.runtime.plans import PLANS
@@ -44,6 +46,12 @@ def _signature(key: str) -> tuple[tuple[str, ...], tuple[str, ...], tuple[tuple[
 def _shared(key: str) -> tuple[str, ...]:
     """The inputs that are the same for all heads."""
     return tuple(f.name for f in declared(key).canonical.inputs if f.per == "layer")
+
+
+@constant
+def _per_token(key: str) -> tuple[str, ...]:
+    """The inputs that every token has its own of."""
+    return tuple(f.name for f in declared(key).canonical.inputs if f.per == "token")
 
 
 @constant
@@ -118,10 +126,23 @@ def call(declaration: LSM, *, initial_state: State | None = None, return_final_s
     Raises LsmMissingInputError, LsmUnexpectedInputError, LsmShapeError, LsmDtypeError, LsmSequenceError, LsmOptionError
     before anything runs, and LsmNotAffineError or LsmNoChunkFormError for declarations without a chunk form.
     """
+    tensors, start, spec = _prepared(declaration, inputs, initial_state, cu_seqlens, scale, chunk, schedule)
+    states = _signature(declaration.key)[2]
+    o, *ends = ops.run(tensors, start, cu_seqlens, spec, not recompute)[: 1 + len(states)]
+    if not return_final_state:
+        return o
+    return o, _state(ends, states)
+
+
+def _prepared(declaration: LSM, inputs: Mapping[str, Any], initial_state: State | None, cu_seqlens: Tensor | None, scale: float,
+              chunk: int | None, schedule: str | None) -> tuple[list[Tensor], list[Tensor], str]:
+    """The inputs in order and the memories as the operator takes them, and the plan's key, after all checks."""
     names, casts, states = _signature(declaration.key)
     sizes = None
     if torch.compiler.is_compiling():
         tensors = _bind_traced(declaration, names, inputs, initial_state)
+        if tensors[_per_token(declaration.key)[0]].shape[1] == 1:  # symbols are sizes of two and more
+            sizes = (TYPICAL.sequences, 1, TYPICAL.key, TYPICAL.value)
     else:
         tensors, n = checks.bind(declaration.canonical, inputs, initial_state=initial_state, cu_seqlens=cu_seqlens)
         sizes = (_class(n.B * n.HV), _class(n.T), _class(n.K), _class(n.V))
@@ -140,11 +161,13 @@ def call(declaration: LSM, *, initial_state: State | None = None, return_final_s
         given = initial_state if isinstance(initial_state, tuple | list) else (initial_state,)
         dtype = ops.state_dtype(tensors[casts[-1] if casts else names[0]].dtype)
         start = [_as_tile(s.to(dtype), dims) for s, dims in zip(given, states)]
-    o, *ends = ops.run([tensors[n] for n in names], start, cu_seqlens, spec, not recompute)[: 1 + len(states)]
-    if not return_final_state:
-        return o
-    ends = [_of_tile(e, dims) for e, dims in zip(ends, states)]
-    return o, tuple(ends) if len(ends) > 1 else ends[0]
+    return [tensors[n] for n in names], start, spec
+
+
+def _state(ends: Sequence[Tensor], dims: Sequence[tuple[str, ...]]) -> State:
+    """Final memories as users get them."""
+    made = tuple(_of_tile(e, d) for e, d in zip(ends, dims))
+    return made if len(made) > 1 else made[0]
 
 
 def _as_tile(x: Tensor, dims: tuple[str, ...]) -> Tensor:
@@ -200,17 +223,71 @@ def _bind_traced(declaration: LSM, names: tuple[str, ...], inputs: Mapping[str, 
 
 
 def step(declaration: LSM, *, state: State | None = None, scale: float = 1.0, **inputs: Any) -> tuple[Tensor, State]:
-    """One token of every sequence, (o (B, HV, V), new state): the parallel form at chunk length 1.
+    """One token of every sequence, (o (B, HV, V), new state): on GPUs one launch, which reads the memory once and writes it once.
 
     inputs are those of `call` without the T dimension: q, k (B, H, K), v (B, HV, V), gates (B, HV, …); `state` is what
     the last step or `return_final_state` gave, zeros if None. Memory use does not grow with the tokens read.
     """
+    likeness = None
     if not torch.compiler.is_compiling():
+        likeness = _likeness(declaration.key, scale, inputs, state)
+        if likeness in _STEPS and (found := _STEPS[likeness](inputs, state)) is not None:
+            return found
         checks.bind(declaration.canonical, inputs, initial_state=state, step=True)
-    tokens = {f.name for f in declaration.canonical.inputs if f.per == "token"}
+    tokens = _per_token(declaration.key)
     wide = {n: x[:, None] if n in tokens and x is not None else x for n, x in inputs.items()}
-    o, new = call(declaration, initial_state=state, return_final_state=True, scale=scale, **wide)
-    return o[:, 0], new
+    tensors, start, spec = _prepared(declaration, wide, state, None, scale, None, None)
+    names, _, dims = _signature(declaration.key)
+    o, *ends = ops.run(tensors, start, None, spec)[: 1 + len(dims)]
+    if likeness is not None and (repeat := ops.recorded(tensors, start, spec)) is not None:
+        fixed = {n: x for n, x in zip(names, tensors) if inputs.get(n) is None}
+        if len(_STEPS) >= STEPS:
+            _STEPS.clear()
+        _STEPS[likeness] = _Step(repeat, fixed, tuple(f.name for f in declaration.canonical.states), dims, o.dtype)
+    return o[:, 0], _state(ends, dims)
+
+
+STEPS = 256
+"""Kinds of steps that are remembered."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step on other tensors like those that it was recorded on: the launch alone, into new tensors. `fixed` are inputs that the
+    call leaves to their defaults. None where the launch holds no longer."""
+
+    repeat: Repeat
+    fixed: Mapping[str, Tensor]
+    memories: tuple[str, ...]
+    dims: tuple[tuple[str, ...], ...]
+    dtype: torch.dtype
+
+    def __call__(self, inputs: Mapping[str, Tensor], state: State | None) -> tuple[Tensor, State] | None:
+        given = () if state is None else (state,) if isinstance(state, Tensor) else state
+        made = self.repeat({**inputs, **self.fixed}, dict(zip(self.memories, given)))
+        if made is None:
+            return None
+        outputs, ends = made
+        return outputs["o"][:, 0].to(self.dtype), _state([ends[n] for n in self.memories], self.dims)
+
+
+_STEPS: dict[tuple[object, ...] | None, _Step] = {}
+
+
+def _likeness(key: str, scale: float, inputs: Mapping[str, Any], state: State | None) -> tuple[object, ...] | None:
+    """What two steps have in common that are launched alike; None for those that are not recorded: on other devices than GPUs, with
+    derivatives, under autocast, where modes look at operators, of memories that are not float32, of rows with gaps that all heads
+    share."""
+    memories = () if state is None else tuple(state) if isinstance(state, tuple | list) else (state,)
+    named = {n: x for n, x in inputs.items() if x is not None}
+    given = (*named.values(), *memories)
+    if not all(type(x) in (Tensor, Parameter) and x.is_cuda for x in given) or any(x.dtype != torch.float32 for x in memories):
+        return None
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given) or torch.is_autocast_enabled("cuda") or watched():
+        return None
+    if not all(named[n].is_contiguous() for n in _shared(key) if n in named):
+        return None
+    return key, scale, *named, *((x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16) for x in given)
 
 
 def compile(model: Any, *, mesh: Any = None, disable: tuple[str, ...] = (), **options: Any) -> Any:

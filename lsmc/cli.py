@@ -41,7 +41,7 @@ def list_() -> None:
 def explain(
     method: Method,
     /,
-    stage: Annotated[str | None, arg(help="print this stage alone; `--stage list` names the stages")] = None,
+    stage: Annotated[str | None, arg(help="print this stage alone, `list` names them; with --mesh: before, after")] = None,
     shape: Annotated[str | None, arg(help="B,T,H,K,V at which schedules are weighed")] = None,
     out: Annotated[Path | None, arg(aliases=("-o",), help="write a page instead, with pictures, kernels and laws")] = None,
     mesh: Annotated[str | None, arg(help="a model on this mesh, such as sp=4,dp=2: what ranks exchange; drawn with --out")] = None,
@@ -56,7 +56,7 @@ def explain(
     console = _console()
     ranks = None if mesh is None else _ranks(method, mesh, size, pattern, batch, tokens)
     if out is None and ranks is not None:
-        _exchanges(ranks)
+        _exchanges(ranks, stage)
         return
     explanation = _explanation(method, shape)
     if out is not None:
@@ -82,9 +82,9 @@ def _ranks(method: str, mesh: str, size: str, pattern: str | None, batch: int, t
     import torch
     from torch._subclasses import FakeTensorMode
 
-    from lsmc.explanation.ranks import Ranks
+    from lsmc.explanation.ranks import Ranks, larger
     from lsmc.models import HybridMoE, config
-    from lsmc.runtime.traffic import capture, parse
+    from lsmc.runtime.traffic import capture, parse, trace
 
     axes = parse(mesh)
     layers = {} if pattern is None else {"pattern": pattern}
@@ -92,20 +92,30 @@ def _ranks(method: str, mesh: str, size: str, pattern: str | None, batch: int, t
         model = HybridMoE(config(size, lsm=_resolve(method), **layers))
         text = torch.zeros(batch, tokens, dtype=torch.int64)
         said = f"One step of {size}, {model.config.pattern}, on a mesh of {mesh}: {batch} × {tokens:,} tokens, float32."
-        return Ranks(capture(model, axes, text, text), axes, said)
+        return Ranks(capture(model, axes, text, text), axes, said, trace(model, text, text),
+                     larger(lambda wider: capture(model, wider, text, text), axes))
 
 
-def _exchanges(ranks: Any) -> None:
-    """What a rank receives: equal messages in one row."""
+def _exchanges(ranks: Any, stage: str | None) -> None:
+    """What a rank receives: equal messages in one row; then on more ranks. Or the graph, `before` or `after`."""
+    from lsmc.errors import LsmNameError
+    from lsmc.explanation.ranks import listing
     from lsmc.runtime.traffic import totals, traffic
 
-    header, rows = totals(traffic(ranks.module, ranks.axes))
-    table = Table(box=None, pad_edge=False, title_justify="left", title=escape(ranks.said))
-    for column in header:
-        table.add_column(column, no_wrap=column != "of", justify="right" if column in ("times", "bytes") else "left")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    _console().print(table)
+    if stage is not None:
+        graphs = {"before": ranks.before, "after": ranks.module}
+        if stage not in graphs:
+            raise LsmNameError(f"there is no stage {stage!r} of a mesh\nhelp: the stages are {', '.join(graphs)}")
+        sys.stdout.write(listing(graphs[stage], ranks.axes))
+        return
+    for title, (header, rows) in ((ranks.said, totals(traffic(ranks.module, ranks.axes))), ("On more ranks", ranks.larger)):
+        table = Table(box=None, pad_edge=False, title_justify="left", title=escape(title))
+        for column in header:
+            numbers = "bytes" in column or column in ("times", "ranks")
+            table.add_column(column, no_wrap=column != "of" and len(column) < 20, justify="right" if numbers else "left")
+        for row in rows:
+            table.add_row(*map(escape, row))
+        _console().print(table)
 
 
 def scaling(

@@ -21,7 +21,7 @@ from lsmc.chunk import derive
 from lsmc.errors import LsmOptionError
 from lsmc.factors import hoist
 from lsmc.ir import Program
-from lsmc.lowering.plan import Direction, Plan, able, ranking, sharings
+from lsmc.lowering.plan import Direction, Plan, lacks, ranking, sharings
 from lsmc.lowering.tuned.store import describe
 from lsmc.schedules import CUTS, Shape, choose
 
@@ -74,8 +74,10 @@ def compile_plan(canonical: Canonical, options: Options, shape: Shape = TYPICAL)
         options = replace(options, chunk=min(options.chunk, canonical.block & -canonical.block))
         shape = replace(shape, chunk=options.chunk)
     chunk, forward, backward = _programs(canonical, options.scale, False)
-    target = able(options.target, chunk)
+    lacking = lacks(options.target, chunk)
+    target = "aten" if lacking else options.target
     fresh = options.fresh and options.chunk == canonical.block and target == "triton"  # ATen ends with chunks of no token
+    fresh &= shape.tokens >= options.chunk  # else nothing is gained, and tokens could not be walked through one by one
     if fresh:
         chunk, forward, backward = _programs(canonical, options.scale, True)
     _log("chunk", forward)
@@ -100,7 +102,7 @@ def compile_plan(canonical: Canonical, options: Options, shape: Shape = TYPICAL)
 
     _log("schedule", training.choice)
     _log("backward_schedule", last.choice)
-    return Plan(canonical, options.scale, options.chunk, fresh, shape, alone, training, last, derive_other)
+    return Plan(canonical, options.scale, options.chunk, fresh, shape, alone, training, last, derive_other, lacking)
 
 
 @functools.lru_cache(maxsize=64)
@@ -121,12 +123,17 @@ def texts(plan: Plan) -> dict[str, str]:
         "canonical": lambda: plan.canonical,
         "chunk": lambda: plan.forward.program,
         "backward": lambda: _programs(plan.canonical, plan.scale, plan.fresh)[2],
-        "schedule": lambda: _measured(plan.training),
+        "schedule": lambda: _no_kernels(plan) + _measured(plan.training),
         "backward_schedule": lambda: _measured(plan.backward),
         "source": lambda: plan.training.executable.source,
         "backward_source": lambda: plan.backward.executable.source,
     }
     return {name: str(text[name]()) for name in STAGES}
+
+
+def _no_kernels(plan: Plan) -> str:
+    """Why a plan runs as ATen operations on GPUs as well."""
+    return f"runs as ATen operations on a GPU as well: {plan.lacking}\n\n" if plan.lacking else ""
 
 
 def _measured(direction: Direction) -> str:

@@ -223,7 +223,7 @@ class _Evaluator:
         return value
 
     def _number(self, value: float) -> Tensor:
-        return torch.tensor(value, dtype=self.dtype, device=self.device)
+        return torch.full((), value, dtype=self.dtype, device=self.device)  # a tensor from the host would wait for a GPU
 
     def _evaluate(self, expr: sympy.Basic) -> Tensor:
         if expr.is_Rational:

@@ -4,7 +4,8 @@ Everything is written into a temporary folder beside it, flushed to disk, and re
 holds the parameters under their names, ``training.safetensors`` the optimizer's moments and the generators'
 states, and ``state.json`` the step, the run's configuration and the sha256 of both files.
 
-Tensors are whole in the files, also where ranks of a mesh hold parts of them: a run goes on over any mesh, or none.
+Tensors are whole in the files, also where ranks of a mesh hold parts of them: a run goes on over any mesh, or none. What is too
+large for one process to write, ``torch.distributed.checkpoint`` writes from all: :class:`Portable`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from lsmc.runtime.errors import LsmCheckpointError
 from lsmc.runtime.plans.parts import Part, dealt, joined, parts_of, plain
@@ -62,31 +65,42 @@ def _names(model: nn.Module) -> dict[Tensor, str]:
     return {parameter: plain(name) for name, parameter in model.named_parameters()}
 
 
+Held = tuple[Tensor, Part | None]
+"""What a rank has of a tensor, and how that becomes the whole."""
+
+
+def _parameters(model: nn.Module) -> dict[str, Held]:
+    """Parameters and buffers under their names."""
+    parts = parts_of(model)
+    return {plain(n): (x.detach(), parts.get(plain(n))) for n, x in model.state_dict().items()}
+
+
+def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Held]:
+    """The optimizer's state as ``optimizer.<moment>.<parameter>``."""
+    names, parts = _names(model), parts_of(model)
+    return {
+        f"optimizer.{key}.{names[parameter]}": (
+            torch.as_tensor(value),
+            parts.get(names[parameter]) if getattr(value, "shape", None) == parameter.shape else None,
+        )
+        for parameter, state in sorted(optimizer.state.items(), key=lambda entry: names[entry[0]])
+        for key, value in state.items()
+    }
+
+
 def model_tensors(model: nn.Module, keep: bool = True) -> dict[str, Tensor]:
     """Parameters and buffers, whole, under their names; on ranks that only help to join them, with `keep` false, none."""
-    parts = parts_of(model)
-    return _whole({plain(n): (x.detach(), parts.get(plain(n))) for n, x in model.state_dict().items()}, keep)
+    return _whole(_parameters(model), keep)
 
 
 def optimizer_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer, keep: bool = True
 ) -> dict[str, Tensor]:
     """The optimizer's state as ``optimizer.<moment>.<parameter>``, whole; `keep` as for :func:`model_tensors`."""
-    names, parts = _names(model), parts_of(model)
-    return _whole(
-        {
-            f"optimizer.{key}.{names[parameter]}": (
-                torch.as_tensor(value),
-                parts.get(names[parameter]) if getattr(value, "shape", None) == parameter.shape else None,
-            )
-            for parameter, state in sorted(optimizer.state.items(), key=lambda entry: names[entry[0]])
-            for key, value in state.items()
-        },
-        keep,
-    )
+    return _whole(_moments(model, optimizer), keep)
 
 
-def _whole(tensors: dict[str, tuple[Tensor, Part | None]], keep: bool) -> dict[str, Tensor]:
+def _whole(tensors: dict[str, Held], keep: bool) -> dict[str, Tensor]:
     whole = {}
     for name, (x, part) in tensors.items():
         made = joined(x, part)
@@ -106,6 +120,56 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: 
             value = tensor.to(target.device).clone()
             moment = value.ndim > 0 or target.ndim == 0
             optimizer.state[target][key] = dealt(value, target, parts.get(parameter)) if moment else value
+
+
+class Portable:
+    """A model and its optimizer for ``torch.distributed.checkpoint``, on any mesh::
+
+        dcp.save({"run": Portable(model, optimizer, mesh)}, checkpoint_id=folder)
+        dcp.load({"run": Portable(model, optimizer, other_mesh)}, checkpoint_id=folder)
+
+    Every rank writes and reads an equal share: whatever it holds of a tensor, the whole is cut along its first dimension over
+    all ranks, tensor by tensor. ``mesh`` is that of all ranks; None for one process, which reads what many wrote.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, mesh: DeviceMesh | None = None) -> None:
+        self.model, self.optimizer = model, optimizer
+        self.ranks = None if mesh is None else init_device_mesh(mesh.device_type, (mesh.size(),))
+
+    def _held(self) -> dict[str, Held]:
+        if self.optimizer is None:
+            return _parameters(self.model)
+        if not self.optimizer.state:
+            _begin(self.optimizer)
+        return _parameters(self.model) | _moments(self.model, self.optimizer)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: self._share(joined(x, part)) for name, (x, part) in self._held().items()}
+
+    def _share(self, whole: Tensor) -> Tensor:
+        if self.ranks is None:
+            return whole
+        cut = Shard(0) if whole.ndim else Replicate()
+        return distribute_tensor(whole, self.ranks, [cut], src_data_rank=None).clone()
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, (x, part) in self._held().items():
+            found = state[name]
+            x.copy_(dealt(found.full_tensor() if isinstance(found, DTensor) else found, x, part))
+
+
+def _begin(optimizer: torch.optim.Optimizer) -> None:
+    """Moments as they are before the first step, by one that changes nothing."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    for group, rate in zip(optimizer.param_groups, rates):
+        group["lr"] = rate
 
 
 def generator_tensors() -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ ranks is meant). A cotangent of a whole value is whole, of a split value split. 
 | `gathered`: all-gather | split → whole, used with what is split | `scattered` |
 | `gather`: all-gather | split → all parts, which each rank uses in its own way | `scatter` |
 | `scatter`: reduce-scatter | all parts, partial → split | `gather` |
+| `traded`: all-to-all | split along one dimension → split along another | `traded` back |
 
 so that every gradient is that of one process, whoever computes it. `gather` and `scatter` are issued: what stands between
 them and `arrived` overlaps. All take any tensor, real, fake or `Value`; the graph is the same on all ranks, since the
@@ -69,6 +70,16 @@ def _join(x: Tensor, dim: int, size: int, group: str) -> Tensor:
 def _scatter(x: Tensor, dim: int, size: int, group: str) -> Tensor:
     parts = x.unflatten(dim, (size, -1)).movedim(dim, 0).contiguous()
     return _collectives.wait_tensor.default(_collectives.reduce_scatter_tensor.default(parts, "sum", size, group)).squeeze(0)
+
+
+def _trade(x: Tensor, give: int, take: int, size: int, group: str) -> Tensor:
+    parts, one = x.unflatten(give, (size, -1)).movedim(give, 0).contiguous(), [1] * size
+    got = _collectives.wait_tensor.default(_collectives.all_to_all_single.default(parts, one, one, group))
+    return _beside(got.flatten(0, 1), size, take)
+
+
+def _trade_back(d: Tensor, give: int, take: int, size: int, group: str) -> Tensor:
+    return _trade(d, take, give, size, group)
 
 
 def _beside(x: Tensor, size: int, dim: int) -> Tensor:
@@ -160,6 +171,7 @@ _define("whole(Tensor x, int dim, int size, str group) -> Tensor", _join, _slice
 
 _define("scattered(Tensor x, int dim, int size, str group) -> Tensor", _scatter, _join)
 _define("gathered(Tensor x, int dim, int size, str group) -> Tensor", _join, _scatter)
+_define("traded(Tensor x, int give, int take, int size, str group) -> Tensor", _trade, _trade_back)
 _define("dealt(Tensor x, int dim, int[] spans, int size, str group) -> Tensor", _deal, _rejoin_sum)
 _define("joined(Tensor x, int dim, int[] spans, int size, str group) -> Tensor", _rejoin, _deal)
 
@@ -219,6 +231,11 @@ def gathered(x: Any, dim: int, axis: Axis) -> Any:
     return torch.ops.lsmc.gathered.default(x, dim, axis.size, axis.group)
 
 
+def traded(x: Any, give: int, take: int, axis: Axis) -> Any:
+    """From a part along `take` and the whole of `give`: this rank's part along `give`, and the whole of `take`."""
+    return torch.ops.lsmc.traded.default(x, give, take, axis.size, axis.group)
+
+
 def dealt(x: Any, dim: int, spans: list[int], axis: Axis) -> Any:
     """Of each span (a, b, a, b, …) along `dim` this rank's part, and what lies between spans, which is inner."""
     return torch.ops.lsmc.dealt.default(x, dim, spans, axis.size, axis.group)
@@ -249,5 +266,5 @@ def arrived(x: Any) -> Any:
     return _collectives.wait_tensor.default(x)
 
 
-__all__ = ["arrived", "gather", "gathered", "part", "place", "rank", "scatter", "scattered", "shared", "shared_all", "summed",
-           "whole"]  # fmt: skip
+__all__ = ["arrived", "dealt", "gather", "gathered", "joined", "kept", "part", "place", "rank", "scatter", "scattered", "shared",
+           "shared_all", "summed", "traded", "whole"]  # fmt: skip

@@ -20,8 +20,8 @@ from torch.fx.proxy import GraphAppendingTracer
 from lsmc.lowering.absorb import mutates
 from lsmc.runtime.mesh import Axis
 
-Plan = Callable[[GraphModule, Axis], list[str]]
-"""Spreads a graph, with the graphs nested in it, over an axis; says what it changed."""
+Plan = Callable[..., list[str]]
+"""(module, axis, …): spreads a graph, with the graphs nested in it, over an axis or several; says what it changed."""
 
 
 _INSIDE = (str(Path(torch.__file__).parent), *(str(Path(__file__).parents[1] / name) for name in ("lowering", "api.py", "lsm.py")))
@@ -78,12 +78,14 @@ def _ancestors(node: Node, among: set[Node]) -> set[Node]:
     return found
 
 
-def passes(axes: Mapping[str, Axis], plans: Iterable[tuple[str, str, Plan]]) -> dict[str, Callable[[GraphModule], list[str]]]:
-    """The passes that a mesh needs, by name, in the order of the plans (name, axis, plan)."""
-    def on(plan: Plan, axis: Axis) -> Callable[[GraphModule], list[str]]:
-        return lambda module: plan(module, axis)
+def passes(axes: Mapping[str, Axis],
+           plans: Iterable[tuple[str, tuple[str, ...], Plan]]) -> dict[str, Callable[[GraphModule], list[str]]]:  # fmt: skip
+    """The passes that a mesh needs, by name, in the order of the plans (name, axes, plan)."""
+    def on(plan: Plan, given: list[Axis]) -> Callable[[GraphModule], list[str]]:
+        return lambda module: plan(module, *given)
 
-    return {name: on(plan, axes[axis]) for name, axis, plan in plans if axis in axes}
+    found = [(name, plan, [axes[axis] for axis in served if axis in axes]) for name, served, plan in plans]
+    return {name: on(plan, given) for name, plan, given in found if given}
 
 
 if TYPE_CHECKING:

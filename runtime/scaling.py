@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,18 @@ class Machine:
         inside = min(ranks, self.per_node)
         there = max(size * (inside - 1) / ranks / self.nvlink, size * (ranks - inside) / ranks / self.network)
         return base + (far if ranks > inside else near) + there
+
+    def exchange(self, kind: str, ranks: int, received: float) -> float:
+        """Seconds of a message of a graph, by the bytes that a rank receives."""
+        if kind == "all-to-all":
+            return self.turn(ranks, received * ranks / (ranks - 1))
+        parts = 2 if kind == "all-reduce" else 1
+        return parts * self.gather(ranks, received / parts) if kind else 0.0
+
+    def messages(self, found: Iterable[Message], axes: Mapping[str, Axis]) -> float:
+        """Seconds of all messages of a step, one after the other."""
+        return sum(self.exchange(kind, axes[m.axis].size, size) for m in found
+                   for kind, size in ((m.forward, m.forward_bytes), (m.backward, m.backward_bytes)))
 
 
 # --- what graphs say
@@ -283,6 +295,8 @@ _Found = tuple[float, tuple[float, float] | None, str]
 
 
 def _gathered(layer: Layer, operator: tuple[float, float], machine: Machine) -> _Found:
+    if not layer.gathers:
+        return 0.0, None, "has no summary"
     received = sum(m.forward_bytes for m in layer.gathers)
     bare, over = (sum(machine.gather(layer.ranks, m.forward_bytes) for m in layer.gathers if bool(m.operators) == hidden)
                   for hidden in (False, True))
@@ -295,6 +309,8 @@ def _gathered(layer: Layer, operator: tuple[float, float], machine: Machine) -> 
 
 
 def _passed(layer: Layer, operator: tuple[float, float], machine: Machine) -> _Found:
+    if not layer.gathers:
+        return 0.0, None, "has no summary"
     if layer.name == SOFTMAX:  # a block of keys at a time; backward, their gradients go round with them
         hops = [machine.hop((1 + back) * layer.passed, layer.ranks > machine.per_node) for back in (0, 1)]
         found = [t + (layer.ranks - 1) * max(2 * t, hop) for t, hop in zip(operator, hops)]

@@ -404,10 +404,10 @@ def pointwise(s: Spread, node: Node, *args: Any, **kwargs: Any) -> Value:
 
 def beside(s: Spread, node: Node, v: Value, split: Split, dim: int) -> Value:
     """The part of a whole operand that stands beside parts of another."""
-    if split.outer > 1 or split.ahead:
-        raise s.refused(node, "meets a whole value where their dimension is merged with others")
-    part: Value = s.taken(v, dim)
-    return part
+    if split.ahead:
+        raise s.refused(node, "meets a whole value beside tokens that are there twice")
+    part: Any = s.taken(v, dim) if split.outer == 1 else s.taken(v.unflatten(dim, (split.outer, -1)), dim + 1)
+    return part if split.outer == 1 else part.flatten(dim, dim + 1)
 
 
 def along(position: int, default: Any) -> Rule:
@@ -517,6 +517,16 @@ def getitem(s: Spread, node: Node, x: Any, index: Any) -> Value:
         raise s.refused(node, f"takes the tokens from {start} to {stop}")
     parts[source] = slice(start, start + x.shape[split.dim] - split.ahead)
     return s.follow(node, s.writer.call(node, (x, tuple(parts)), {}), replace(split, ahead=0))
+
+
+def everywhere(s: Spread, node: Node, x: Value, dim: int) -> Value:
+    """All parts along a dimension, for what is split otherwise."""
+    split = s.of(x)
+    if split.dim != dim % x.ndim:
+        return s.again(node, (x, dim), {}, split)
+    value: Value = s._joined(x, collectives.gathered)
+    s.memo["shared", value.node] = value  # its adjoint sums over the ranks
+    return value
 
 
 def joined(s: Spread, node: Node, xs: Sequence[Value], dim: int = 0, **kwargs: Any) -> Value:
@@ -629,10 +639,10 @@ def batched(s: Spread, node: Node, inputs: Sequence[Value], start: Sequence[Valu
 
 def attention(s: Spread, node: Node, q: Value, k: Value, v: Value, attn_mask: Any = None, dropout_p: float = 0.0,
               is_causal: bool = False, **kwargs: Any) -> Value:
-    """Softmax attention whose sequences or heads are dealt out."""
+    """Softmax attention whose sequences or heads are dealt out; dropout has been taken out (`plans.noise`)."""
     split = s.only(node, q, k, v)
-    if split.dim > -3 or dropout_p:
-        raise s.refused(node, "has dropout" if dropout_p else "goes along the dimension that holds them")
+    if split.dim > -3:
+        raise s.refused(node, "goes along the dimension that holds them")
     if attn_mask is not None and s.of(attn_mask) is None and attn_mask.ndim >= -split.dim and attn_mask.shape[split.dim] != 1:
         attn_mask = s.taken(attn_mask, attn_mask.ndim + split.dim)
     options = {"attn_mask": attn_mask, "is_causal": is_causal, **kwargs}
@@ -641,11 +651,11 @@ def attention(s: Spread, node: Node, q: Value, k: Value, v: Value, attn_mask: An
 
 POINTWISE = frozenset({
     *MAPS, *"to float double half bfloat16 long int bool type clone contiguous detach".split(),
-    *"eq ne lt le gt ge and_ or_ xor logical_and logical_or logical_not bitwise_not invert where masked_fill".split(),
+    *"eq ne lt le gt ge and_ or_ xor rshift logical_and logical_or logical_not bitwise_not invert where masked_fill".split(),
     *"maximum minimum floordiv floor_divide mod remainder rsub sign floor ceil round isfinite isnan isinf nan_to_num".split(),
     *"zeros_like ones_like empty_like full_like logaddexp lerp addcmul iadd isub imul itruediv log2 log10 exp2".split(),
     *"tan atan asin acos sinh cosh mish hardtanh hardswish hardsigmoid relu6 leaky_relu celu selu softsign".split(),
-    "lsmc.shared", "lsmc.summed",
+    "lsmc.shared", "lsmc.summed", "lsmc.drawn",
 })  # fmt: skip
 """Functions of single numbers, and casts."""
 
@@ -666,7 +676,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("rms_norm", "layer_norm"), last(1)), **dict.fromkeys(("matmul", "bmm", "mm"), matmul),
     "expand": expand, "expand_as": expand, "getitem": getitem, "linear": linear, "embedding": embedding,
     "scatter_add": scatter_add, "cross_entropy": cross_entropy, "tag_activation_checkpoint": checkpointed,
-    "lsmc.moe_experts": experts, "pad": padded, "lsmc.fwd": batched, "scaled_dot_product_attention": attention,
+    "lsmc.moe_experts": experts, "pad": padded, "lsmc.fwd": batched, "lsmc.everywhere": everywhere,
+    "scaled_dot_product_attention": attention,
 }  # fmt: skip
 """Function → what it does to parts."""
 

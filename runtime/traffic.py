@@ -1,7 +1,8 @@
 """What the ranks of a mesh exchange in one step of a model, read off the graph: without any rank, data or weights.
 
-Bytes are those that a rank receives from others with the usual algorithms: W − 1 parts in a gather or a reduce-scatter, and
-twice (W − 1) / W of the tensor in an all-reduce. Backward ones follow from the adjoints in `lsmc.runtime.collectives`.
+Bytes are those that a rank receives from others with the usual algorithms: W − 1 parts in a gather or a reduce-scatter,
+(W − 1) / W of the tensor in an all-to-all, and twice that in an all-reduce. Backward ones follow from the adjoints in
+`lsmc.runtime.collectives`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from lsmc.errors import LsmError
 from lsmc.lowering.inductor import PASSES
 from lsmc.runtime.insert import example, passes, source, tensors
 from lsmc.runtime.mesh import Axis, sizes
@@ -50,20 +50,14 @@ class _Captured(Exception):
     """The graph is there; it is not to run."""
 
 
-def capture(model: Callable[..., Any], axes: Mapping[str, Axis], *arguments: Tensor) -> GraphModule:
-    """The graph of `model(*arguments)` on a mesh of these axes; everything may be fake."""
+def trace(model: Callable[..., Any], *arguments: Tensor) -> GraphModule:
+    """The graph of `model(*arguments)` as it is captured, of whole tensors; everything may be fake."""
     graphs: list[GraphModule] = []
-    found: list[LsmError] = []
 
     def stop(*_: Any) -> Any:
-        raise found[0] if found else _Captured
+        raise _Captured
 
     def keep(module: GraphModule, _: Any) -> Callable[..., Any]:
-        try:
-            for run in (PASSES["find"], *passes(axes, PLANS).values()):
-                run(module)
-        except LsmError as error:
-            found.append(error)
         graphs.append(module)
         return stop
 
@@ -75,6 +69,14 @@ def capture(model: Callable[..., Any], axes: Mapping[str, Axis], *arguments: Ten
     finally:
         torch._dynamo.reset()
     return graphs[0]
+
+
+def capture(model: Callable[..., Any], axes: Mapping[str, Axis], *arguments: Tensor) -> GraphModule:
+    """The graph of `model(*arguments)` on a mesh of these axes."""
+    module = trace(model, *arguments)
+    for run in (PASSES["find"], *passes(axes, PLANS).values()):
+        run(module)
+    return module
 
 
 def messages(module: GraphModule, axes: Mapping[str, Axis]) -> Iterator[tuple[Node, Message]]:
@@ -119,7 +121,7 @@ _KINDS = {
     "shared": ("", "all-reduce"), "shared_all": ("", "all-reduce"), "summed": ("all-reduce", ""),
     "part": ("", "all-gather"), "whole": ("all-gather", ""),
     "scattered": ("reduce-scatter", "all-gather"), "gathered": ("all-gather", "reduce-scatter"),
-    "dealt": ("", "all-gather"), "joined": ("all-gather", ""), "kept": ("", "all-reduce"),
+    "traded": ("all-to-all", "all-to-all"), "dealt": ("", "all-gather"), "joined": ("all-gather", ""), "kept": ("", "all-reduce"),
 }  # fmt: skip
 
 
@@ -130,7 +132,8 @@ def _message(node: Node, axes: Mapping[str, Axis], order: Mapping[Node, int]) ->
     axis, (forward, backward) = axes[node.args[-1]], _KINDS[name]
     sent, made = (tensors([example(n) for n in nodes]) for nodes in (node.all_input_nodes, [node]))
     size = sum(x.numel() * x.itemsize for x in sent)
-    factor = {"all-gather": axis.size - 1, "reduce-scatter": axis.size - 1, "all-reduce": 2 * (axis.size - 1) / axis.size, "": 0}
+    share = (axis.size - 1) / axis.size
+    factor = {"all-gather": axis.size - 1, "reduce-scatter": axis.size - 1, "all-reduce": 2 * share, "all-to-all": share, "": 0}
     if name in ("reduce_scatter_tensor", "scattered", "part"):
         size //= axis.size
     back = factor[backward] if sent[0].requires_grad and made[0].requires_grad else 0
@@ -150,8 +153,9 @@ def _of(node: Node) -> str:
     if isinstance(example(first), torch.nn.Parameter):
         return PARAMETERS
     if "lsm" in node.meta:
-        return f"memories of {node.meta['lsm'].name}"
+        what = "tokens for heads" if name_of(node) == "lsmc.traded" else "memories"
+        return f"{what} of {node.meta['lsm'].name}"
     return (source(node) or ["", "arguments"])[1]
 
 
-__all__ = ["PARAMETERS", "Message", "arrival", "capture", "messages", "parse", "totals", "traffic"]
+__all__ = ["PARAMETERS", "Message", "arrival", "capture", "messages", "parse", "totals", "trace", "traffic"]

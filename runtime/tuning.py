@@ -41,7 +41,7 @@ from lsmc.lowering.tuned.store import Entry, Like, Machine, Plan, Rejected, Time
 from lsmc.pipeline import CHUNK, Options, compile_plan
 from lsmc.reference import reference
 from lsmc.resolve import resolve
-from lsmc.runtime.bench.command import SHAPES
+from lsmc.runtime.bench.command import usual
 from lsmc.runtime.bench.measure import parse_shape
 from lsmc.runtime.errors import LsmConfigError
 from lsmc.schedules import Shape
@@ -400,10 +400,10 @@ def milliseconds(call: Any, count: int = 10) -> float:
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
-def subjects(methods: Sequence[str], shapes: Sequence[Sizes], **options: Any) -> list[Subject]:
-    """The methods with the shapes that compile to the same kernels together."""
+def subjects(asked: Iterable[tuple[str, Sizes]], **options: Any) -> list[Subject]:
+    """Methods with the shapes that compile to the same kernels together."""
     found: dict[tuple[object, ...], Subject] = {}
-    for method, sizes in itertools.product(methods, shapes):
+    for method, sizes in asked:
         alone = Subject(method, (sizes,), **options)
         plan = plan_of(alone)
         key = (method, plan.key, sizes[2:])  # strides, on which a kernel's code depends, come from H, K and V
@@ -443,13 +443,14 @@ def run(methods: Sequence[str], *, shapes: Sequence[str] = (), dtype: str = "bfl
     for text in (dtype, gates or dtype):
         if text not in DTYPES:
             raise LsmConfigError(f"{text!r}: kernels are tuned for {', '.join(DTYPES)}")
-    sizes = [parse_shape(text) for text in shapes or SHAPES["cuda"]]
+    sizes = [parse_shape(text) for text in shapes]
     for method in methods:
         if not _has_kernels(method):  # mistakes first
             raise LsmConfigError(f"{method}: has no kernels to tune: on GPUs it runs as ATen operations")
     methods = methods or tuple(filter(_has_kernels, zoo.names()))
-    asked = subjects(methods, list(dict.fromkeys(sizes)), dtype=dtype, gates=gates or dtype, scale=float(scale), state=state,
-                     packed=packed)
+    every = {m: list(dict.fromkeys(sizes or map(parse_shape, usual(resolve(m), "cuda")))) for m in methods}
+    asked = subjects([(m, x) for m, found in every.items() for x in found], dtype=dtype, gates=gates or dtype, scale=float(scale),
+                     state=state, packed=packed)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
     if dry_run:
         _list(console, asked)

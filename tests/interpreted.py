@@ -73,6 +73,7 @@ class Job:
     layout: str = "guarded"  # or "strided", "columns", "expanded"
     gates: str = ""  # the type of what does not enter matrix products, where not `dtype`
     alone: bool = False  # the forward keeps nothing for the backward, whatever pays
+    learns: bool = True  # gradients as well
     options: tuple[tuple[str, Any], ...] = field(default=())
 
     def declaration(self) -> Any:
@@ -120,7 +121,7 @@ def arrange(x: Tensor, layout: str) -> Tensor:
 def errors(found: dict[str, Tensor], wanted: dict[str, Tensor], dtype: str) -> dict[str, float]:
     """RMS of the difference over the RMS of what is wanted."""
     rms = {n: float(x.square().mean().sqrt()) if x.numel() else 0.0 for n, x in wanted.items()}
-    floor = FLOOR[dtype] * max(1.0, *rms.values())
+    floor = FLOOR[dtype] * max([1.0, *rms.values()])
     out = {}
     for n, x in found.items():
         assert x.shape == wanted[n].shape, f"{n}: {tuple(x.shape)}, expected {tuple(wanted[n].shape)}"
@@ -140,10 +141,10 @@ def bound(name: str, dtype: str) -> float:
 
 def evaluate(op: Any, given: Sample, case: Case, leaves: list[Tensor], inputs: dict[str, Tensor], state: Any,
              **options: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Outputs and gradients by name."""
+    """Outputs and gradients by name; gradients of no `leaves` are none."""
     o, end = op(**inputs, initial_state=state, return_final_state=True, scale=given.scale, **options)
     outputs = [o.double(), *(x.double() for x in tensors(end))]
-    names = [*inputs, *(f"state {n}" for n in range(len(tensors(state))))]
+    names = [*inputs, *(f"state {n}" for n in range(len(tensors(state))))][: len(leaves)]
     gradients = _gradients(outputs, leaves, case.seed)
     return ({n: x.detach() for n, x in zip(["o", *(f"final state {n}" for n in range(len(outputs)))], outputs)},
             {f"the gradient of {n}": g.detach() for n, g in zip(names, gradients, strict=True)})
@@ -178,20 +179,20 @@ def run(job: Job) -> dict[str, float]:
     if job.layout == "expanded":
         narrow = {n: x[:, :, :1].expand(x.shape) if n in given.per_token else x for n, x in narrow.items()}
 
-    exact = {n: x.double().requires_grad_() for n, x in narrow.items()}
-    first = [x.double().requires_grad_() for x in starts]
+    exact = {n: x.double().requires_grad_(job.learns) for n, x in narrow.items()}
+    first = [x.double().requires_grad_(job.learns) for x in starts]
     state = None if not first else first[0] if len(first) == 1 else tuple(first)
-    wanted = evaluate(lsmc.reference(op), given, case, [*exact.values(), *first], exact, state, **options)
+    wanted = evaluate(lsmc.reference(op), given, case, [*exact.values(), *first] * job.learns, exact, state, **options)
     if not all(bool((x.abs() < 1e4).all()) for part in wanted for x in part.values()):
         return {}
 
     if job.layout != "expanded":
         narrow = {n: arrange(x, job.layout) for n, x in narrow.items()}
-    inputs = {n: x.requires_grad_() for n, x in narrow.items()}
-    first = [arrange(x, "guarded").requires_grad_() for x in starts]
+    inputs = {n: x.requires_grad_(job.learns) for n, x in narrow.items()}
+    first = [arrange(x, "guarded").requires_grad_(job.learns) for x in starts]
     state = None if not first else first[0] if len(first) == 1 else tuple(first)
     with keeping_nothing() if job.alone else contextlib.nullcontext(), Guards() as guards:
-        found = evaluate(op, given, case, [*inputs.values(), *first], inputs, state, chunk=case.chunk,
+        found = evaluate(op, given, case, [*inputs.values(), *first] * job.learns, inputs, state, chunk=case.chunk,
                          schedule=job.schedule, **options)
     guards.check()
     seen = errors(found[0], wanted[0], job.dtype) | errors(found[1], wanted[1], job.dtype)

@@ -105,6 +105,9 @@ class Compiled:
         exec(compile(self.source, name, "exec"), scope)
         return scope["run"]  # type: ignore[return-value]
 
+    def recorded(self, inputs: Mapping[str, Tensor], memories: Mapping[str, Tensor], chunk: int) -> None:
+        """Nothing is recorded."""
+
     def launch(self, inputs: Mapping[str, Tensor], memories: Mapping[str, Tensor], chunk: int,
                cu_seqlens: Tensor | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Token outputs (B, T, HV, D), per-head outputs (HV, D), what is kept (`keeps`), and the last value of every carry.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import cached_property
 from inspect import getsource
 from typing import Any
@@ -16,19 +17,25 @@ from lsmc.affine import FACTOR, PART
 from lsmc.ir import Dims, Program
 from lsmc.lowering import kernels, ptxas
 from lsmc.lowering.backends import triton_tiles
-from lsmc.lowering.backends.triton_cut import WIDE, brief
+from lsmc.lowering.backends.triton_cut import WIDE, brief, whole
 from lsmc.lowering.backends.triton_emit import Emitted, emit
 from lsmc.lowering.backends.triton_record import Launched, Likeness, Recording, Room, likeness, recordable
 from lsmc.lowering.backends.triton_scan import GROUP, walked, writer
 from lsmc.lowering.backends.triton_sums import gather
+from lsmc.lowering.backends.triton_walk import Stepper, held
 from lsmc.lowering.tuned import store
 from lsmc.lowering.tuned.store import Like, Plan
 from lsmc.schedules import Schedule
 from lsmc.schedules.segments import count
+from lsmc.target import H200
 
 ptxas.select()
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+Results = tuple[dict[str, Tensor], dict[str, Tensor]]
+"""Outputs, and the last value of every carry, by name."""
+Repeat = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Results | None]
 
 RECORDINGS = 256
 """Launches of one program that are remembered."""
@@ -42,7 +49,8 @@ class Compiled:
 
     def __init__(self, program: Program, schedule: Schedule, flagged: bool = False) -> None:
         self.program, self.schedule = gather(program), schedule
-        self.source, self.kernels = emit(self.program, schedule, flagged, writer(self.program))
+        make = Stepper if any(k.walks for k in schedule.kernels) else writer(self.program)
+        self.source, self.kernels = emit(self.program, schedule, flagged, make)
         self.keeps = tuple(n for n, _ in self.program.kept)
         if self.keeps and self.flags:
             self.keeps += ("_flags",)
@@ -66,7 +74,7 @@ class Compiled:
         What was recorded is forgotten.
         """
         self.plans = {name: dict(plan) for name, plan in plans.items()}
-        self.recordings.clear()
+        self.recordings = {}
 
     def launch(self, inputs: Mapping[str, Tensor], memories: Mapping[str, Tensor | None], chunk: int,
                cu_seqlens: Tensor | None = None, dtypes: Mapping[str, torch.dtype] | None = None,
@@ -80,7 +88,7 @@ class Compiled:
         device = next(iter(inputs.values())).device
         if device.type != "cuda" or self._traced():
             return self._launch(inputs, memories, chunk, cu_seqlens, dtypes).finish()
-        key = (chunk, *(dtypes or {}).items(), *likeness([*inputs.items(), *memories.items(), ("cu", cu_seqlens)]))
+        key = _key(inputs, memories, chunk, cu_seqlens, dtypes)
         with torch.cuda.device(device):
             if key in self.recordings:
                 return self.recordings[key].repeat(inputs, memories, cu_seqlens)
@@ -90,6 +98,25 @@ class Compiled:
                     self.recordings.clear()
                 self.recordings[key] = _Recorded(run)
             return run.finish()
+
+    def recorded(self, inputs: Mapping[str, Tensor], memories: Mapping[str, Tensor], chunk: int) -> Repeat | None:
+        """The launch that was recorded on tensors like these, if one was, to be repeated without looking at them again.
+
+        It gives None once other plans are adopted.
+        """
+        recordings, device = self.recordings, next(iter(inputs.values())).device
+        found = recordings.get(_key(inputs, memories, chunk))
+        if found is None:
+            return None
+
+        def repeat(inputs: Mapping[str, Tensor], memories: Mapping[str, Tensor]) -> Results | None:
+            if self.recordings is not recordings:
+                return None
+            here = torch.cuda.current_device() == device.index
+            with nullcontext() if here else torch.cuda.device(device):
+                return found.repeat(inputs, memories, None)
+
+        return repeat
 
     def _launch(self, inputs: Mapping[str, Tensor], memories: Mapping[str, Tensor | None], chunk: int,
                 cu_seqlens: Tensor | None, dtypes: Mapping[str, torch.dtype] | None) -> _Launch:
@@ -107,6 +134,12 @@ class Compiled:
         """Whether launches go into a graph: elsewhere a kernel that is wrapped for tracing is the kernel itself."""
         first = next(iter(self.functions.values()))
         return torch.library.wrap_triton(first) is not first
+
+
+def _key(inputs: Mapping[str, Tensor], memories: Mapping[str, Tensor | None], chunk: int, cu_seqlens: Tensor | None = None,
+         dtypes: Mapping[str, torch.dtype] | None = None) -> Likeness:
+    """What decides a launch but for addresses."""
+    return (chunk, *(dtypes or {}).items(), *likeness([*inputs.items(), *memories.items(), ("cu", cu_seqlens)]))
 
 
 class _Recorded:
@@ -148,7 +181,7 @@ class _Launch:
                  cu_seqlens: Tensor | None, dtypes: Mapping[str, torch.dtype]) -> None:
         self.compiled, self.program, self.given, self.memories = compiled, compiled.program, inputs, memories
         walks = any(k.walks for k in compiled.kernels)
-        chunk = max(chunk, GROUP) if walks else chunk
+        chunk = 1 if any(k.kernel.walks for k in compiled.kernels) else max(chunk, GROUP) if walks else chunk
         self.step, self.chunk, self.dtypes = chunk, chunk if walks else max(chunk, 16), dtypes  # rows that matrix units take
         self.size: dict[str, int] = {"1": 1}
         self.inputs: dict[str, Tensor] = {}
@@ -166,13 +199,14 @@ class _Launch:
         for m in (memories.get(c.name) for c in self.program.carries):
             if m is not None:
                 self.heads = m.shape[1]
+        self.size["F"] = self.size.get("K", 1) ** 2
         self.batch, self.tokens = tokens.shape[:2]
         self.like, self.device = tokens, tokens.device
         self.type = _TYPES[tokens.dtype]
         self.packed = cu_seqlens is not None
         led = memories.get(self.program.counter or "")
-        self.led = led is not None
-        self.seen = tokens if led is None else counted(led, chunk)
+        self.led = led is not None and chunk > 1  # one token lies in one block
+        self.seen = counted(led, chunk) if led is not None and self.led else tokens
         self.per_sequence = (self.tokens + (1 + self.led) * (chunk - 1)) // chunk
         if cu_seqlens is None:
             self.sequences, self.chunks = self.batch, self.batch * self.per_sequence
@@ -279,11 +313,12 @@ class _Launch:
         plan = self.plan(k)
         blocks = 1
         if k.split and not k.inner:
-            blocks = triton.cdiv(size[k.split], plan["BK" if k.split == "K" else "BV"])
-        for name, op in k.stores:
+            blocks = size["K"] if k.split == "F" else triton.cdiv(size[k.split], plan["BK" if k.split == "K" else "BV"])
+        for name, _ in k.stores:
             if k.how != "slow":
                 parts, count = blocks if name in k.partial else 0, units if k.walks else self.chunks
-                self.outputs[name] = self._output(name, op.dims, parts, count)
+                dims = self.program.index[dict(self.program.outputs)[name]].dims
+                self.outputs[name] = self._output(name, dims, parts, count)
             args[f"o_{name}"] = self.outputs[name]
         args |= {"SEGMENTS": self.segments} if part else {}
         args |= {"seen": self.seen, "LED": self.led} if self.program.counter else {}
@@ -296,14 +331,14 @@ class _Launch:
 
     def _output(self, name: str, dims: Dims, blocks: int, units: int) -> Tensor:
         """Room for one output; float32 where `finish` sums over blocks, chunks or sequences (`units`), or value heads."""
-        source = self.given.get(name[2:]) if name.startswith("d_") else None
+        source = self.given.get(whole(name)[2:]) if whole(name).startswith("d_") else None
         last = tuple(self.size[d] for d in _named(dims))
         parts = (blocks,) if blocks else ()
         self.parts[name] = blocks
         if dims[0] != "T":
             return self.room((*parts, units, self.heads, *last), torch.float32, zero=self.packed or self.led)
         dtype = self.dtypes.get(name, self.like.dtype if source is None else source.dtype)
-        if blocks or source is not None and source.shape[2] != self.heads:
+        if blocks or name != whole(name) or source is not None and source.shape[2] != self.heads:
             dtype = torch.float32
         return self.room((*parts, self.batch, self.tokens, self.heads, *last), dtype)
 
@@ -351,12 +386,13 @@ def tables(cu_seqlens: Tensor, chunk: int, chunks: int, seen: Tensor | None = No
 
 def finish(outputs: Mapping[str, Tensor], inputs: Mapping[str, Tensor], parts: Mapping[str, int], heads: int,
            dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
-    """Sums over what kernels left apart: blocks, value heads that share a query/key head, chunks of per-head gradients."""
-    out = {}
+    """Sums over what kernels left apart: blocks, shares, value heads that share a query/key head, chunks of per-head gradients."""
+    out: dict[str, Tensor] = {}
     for name, x in outputs.items():
+        x = x.sum(0) if parts[name] else x
+        out[whole(name)] = out[whole(name)] + x if whole(name) in out else x
+    for name, x in out.items():
         source = inputs.get(name[2:]) if name.startswith("d_") else None
-        if parts[name]:
-            x = x.sum(0)
         if source is not None and source.shape[0] == heads and x.shape[1:] == source.shape:
             x = x.sum(0)
         elif source is not None and x.ndim > 2 and source.ndim > 2 and source.shape[2] != x.shape[2]:
@@ -367,11 +403,13 @@ def finish(outputs: Mapping[str, Tensor], inputs: Mapping[str, Tensor], parts: M
 
 def plan_of(k: Emitted, key: int, value: int, sequences: int, chunk: int) -> Plan:
     """Block sizes, warps and pipeline stages of one launch: no narrow blocks over chunks by a ptxas that gets them wrong."""
+    if k.kernel.walks:
+        return held(key, value, k.wide, sequences, k.split is not None, H200.units)
     if k.walks:
         return walked(key, value)
     value = key if k.kernel.part == "factor" else value  # the columns of the factor
     size = {"K": max(16, triton.next_power_of_2(key)), "V": max(16, triton.next_power_of_2(value))}
-    if k.split:
+    if k.split in size:
         size[k.split] = min(size[k.split], k.block if k.scan or ptxas.sound() else max(k.block, WIDE))
     whole = k.split is None and bool(k.carries)
     warps = 8 if whole or k.kernel.part == "combine" else 4  # memories of all columns, exact products: the registers of eight

@@ -6,11 +6,12 @@ The constants were fitted to single kernels measured on an H200 (docs/benchmarks
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lsmc.ir import Op, Program
 from lsmc.lowering.backends.triton_cut import SCANS, Piece, block, brief, pieces
 from lsmc.lowering.backends.triton_sums import gather
+from lsmc.lowering.backends.triton_walk import held
 from lsmc.schedules import Schedule, Shape
 from lsmc.schedules.order import order, peak
 from lsmc.schedules.segments import count
@@ -27,6 +28,8 @@ WAIT = 0.8e-6
 """Seconds more for each tile that a scan loads for elementwise work: such loads are not started ahead."""
 ALONE = 0.65
 """What a scan's step takes where no second program shares its processor."""
+TOKEN = 1.0e-6
+"""Seconds that a walk waits at each token: for what it loads, and for sums among warps."""
 WALK = 3
 """Elementwise operations for each entry of the memory and token."""
 REGISTERS = 200
@@ -58,14 +61,18 @@ def predict(program: Program, schedule: Schedule, kernel: str, shape: Shape, tar
 
 def _piece(program: Program, p: Piece, s: Shape, target: Target, columns: int | None = None, warps: int | None = None) -> Estimate:
     """`columns` of the split dimension and `warps` for each program, where not the default ones; `program` is the kernel's."""
+    s = replace(s, chunk=1) if p.kernel.walks else s
     part, n = p.kernel.part, count(s.sequences, s.chunks, target.units) if p.kernel.part else 1
     ends = p.roots(program)
     body = program.ancestors(ends, p.known)
-    extent = {"T": s.chunk, "K": s.key, "V": s.key if part == "factor" else s.value, "1": 1}
-    warps = warps or (8 if p.kernel.carries and p.split is None else 4)
+    extent = {"T": s.chunk, "K": s.key, "V": s.key if part == "factor" else s.value, "F": s.extent["F"], "1": 1}
+    carries = [program.index[c.inp] for c in program.carries if c.name in p.kernel.carries]
+    usual = held(s.key, s.value, sum("1" not in op.dims for op in carries), s.sequences, p.split is not None, target.units)
+    warps = warps or (usual["num_warps"] if p.kernel.walks else 8 if p.kernel.carries and p.split is None else 4)
     blocks = 1
     if p.split:
-        columns = min(columns or block(program, p), extent[p.split])
+        columns = columns or (usual["BV"] if p.kernel.walks else block(program, p))
+        columns = s.key if p.split == "F" else min(columns, extent[p.split])
         blocks = -(-extent[p.split] // columns)
         extent[p.split] = columns
     extent["E"] = extent["K"] * extent["V"]
@@ -93,8 +100,8 @@ def _piece(program: Program, p: Piece, s: Shape, target: Target, columns: int | 
         loaded -= p.kernel.own(program)
         wide = {a for op in body if op.kind in ("map", "cumsum") for a in op.args if a in loaded}
         step += WAIT * sum("1" not in program.index[a].dims for a in wide)
-    step += CHAINED * max(0, _chain(program, p) - 1)
-    resident = 2 * target.units * 4 // warps
+    step += CHAINED * max(0, _chain(program, p) - 1) + TOKEN * p.kernel.walks
+    resident = (2 + 2 * p.kernel.walks) * target.units * 4 // warps
     programs = s.sequences * blocks
     steps = n if part == "combine" else s.chunks  # that a sequence takes
     if p.kernel.carries:
@@ -102,7 +109,8 @@ def _piece(program: Program, p: Piece, s: Shape, target: Target, columns: int | 
         work = step * -(-steps // side) * -(-programs * side // resident) * (ALONE if programs * side <= target.units else 1.0)
     else:
         work = step * max(1.0, programs * steps / resident)
-    total = moved * programs * steps
+    states = 8 * sum(map(size, carries))  # read and written once
+    total = moved * programs * steps + states * programs
     return Estimate(p.kernel.name, total, step, wanted, target.launch_s + max(work, total / target.bytes_per_s))
 
 

@@ -55,6 +55,10 @@ def contracts(program: Program, op: Op) -> set[str]:
             return {dims[0][op.attr("axis")]}
         case "form":
             return {dims[-1][1]} if op.attr("wrt") == "P" else set()
+        case "pairs":
+            return {"K"}  # its rows of pairs are made of one column, and of all
+        case "pairs_grad":
+            return {"K", "F"}
         case "scan":
             return {"K"} if op.attr("at") in READ_AT else set()
         case "scan_grad":
@@ -222,7 +226,7 @@ def block(program: Program, piece: Piece) -> int:
     what has no such dimension: they must be worth it.)"""
     if piece.kernel.part == "combine":
         return WIDE // 4
-    if piece.inner or piece.split is None:
+    if piece.inner or piece.split in (None, "F"):
         return WIDE
     if any(op.kind in SCANS for op in program.ops):
         return WIDE // 2
@@ -239,8 +243,12 @@ def block(program: Program, piece: Piece) -> int:
 @functools.cache
 def pieces(program: Program, schedule: Schedule) -> tuple[Piece, ...]:
     """The launches of a schedule, in order."""
+    if any(k.walks for k in schedule.kernels):
+        return tuple(Piece(k, frozenset(), (), "V" if splits(k.of(program), k, ()).get("V") else None) for k in schedule.kernels)
     if any(op.kind in SCANS for op in program.ops):
         return _walks(program, schedule)
+    if any("F" in op.dims for op in program.ops):
+        return _by_rows(program, schedule)
     dear = costly(program, schedule)
     given = {i for _, i in program.taken}
     kept = set(given)
@@ -273,12 +281,43 @@ def _walks(program: Program, schedule: Schedule) -> tuple[Piece, ...]:
     return tuple(Piece(k, given, (), "V") for k in needed(program, kernels))
 
 
+def whole(name: str) -> str:
+    """The output that one of this name is, or is a share of (`triton_sums.dealt`)."""
+    return name[3:] if name.startswith(("_K_", "_V_")) else name
+
+
+def _by_rows(program: Program, schedule: Schedule) -> tuple[Piece, ...]:
+    """Memories over pairs (a, b), K rows for each a: scans of one a each, and kernels over all chunks that loop over a, which
+    make what sums over pairs: all outputs in the end, and before a scan what it writes of such sums."""
+    outputs = tuple(n for n, _ in program.outputs)
+    scans = [replace(k, part="", saves=k.carries, stores=()) for k in schedule.kernels if k.carries and k.whole]
+    known, out = {i for _, i in program.taken}, list[Piece]()
+    for k in needed(program, [*scans, Kernel("chunks", (), (), outputs)]):
+        body = program.ancestors(roots(program, k), known) if k.carries else []
+        sums = {op.id for op in body if "F" in contracts(program, op)}
+        if sums:
+            out.append(Piece(Kernel(f"before_{k.name}", (), (), ()), frozenset(known), tuple(sorted(sums)), "F", inner=True))
+        known |= sums
+        made = () if k.carries else tuple(sorted(_kept(program) - known))
+        out.append(Piece(k, frozenset(known), made, "F", inner=not k.carries))
+    return tuple(out)
+
+
+def unshared(program: Program) -> str:
+    """The rule by which programs cannot share the memories of a forward program, in words; empty where they can."""
+    rows = {program.index[c.inp].dims[0] for c in program.carries}
+    body = program.ancestors([c.out for c in program.carries]) if "F" in rows else []
+    if any("F" in contracts(program, op) for op in body):
+        return "a memory over pairs of keys is read by its own update: that sums over all pairs, and each program holds some"
+    return ""
+
+
 def _settled(program: Program, kernels: tuple[Kernel, ...]) -> list[Kernel]:
     """Stores move to the first scan that works out what they store: no later kernel would have to copy it."""
     made = dict(program.outputs)
     stores: dict[str, list[str]] = {k.name: [] for k in kernels}
     for i, k in enumerate(kernels):
-        for n in k.stores:
+        for n in (n for n in made if whole(n) in k.stores):
             stores[next((e.name for e in kernels[:i] if made[n] in through(program, e)), k.name)].append(n)
     gone = {c.name for c in program.carries if brief(program, c)}
     return [replace(k, stores=tuple(stores[k.name]), saves=tuple(s for s in k.saves if s not in gone))

@@ -25,9 +25,10 @@ from lsmc.schedules import Kernel, Schedule
 from lsmc.schedules.order import order
 
 TILES = ("exp", "power", "beside", "across", "total", "diagonal", "keep", "dot", "exact_dot", "running", "later", "cumsum", "lower",
-         "between", "between_grad", "inverse", "mild", "form_p", "form_x", "form_y", "form_gate", "form_all")
-SIZE = {"T": "C", "K": "BK", "V": "BV", "1": "1"}
-EXTENT = {"T": 64, "K": 128, "V": 128, "1": 1}
+         "column", "between", "between_grad", "inverse", "mild", "form_p", "form_x", "form_y", "form_gate", "form_all")
+NAMED = "KVF"
+SIZE = {"T": "C", "K": "BK", "V": "BV", "F": "BK", "1": "1"}
+EXTENT = {"T": 64, "K": 128, "V": 128, "F": 128, "1": 1}
 """Typical extents, for the weight of a value in registers."""
 
 
@@ -49,6 +50,7 @@ class Emitted:
     inner: bool  # one program takes all blocks of the split dimension, one after the other
     how: str
     walks: bool  # from token to token
+    wide: int  # of its carries, those over (K, V)
     source: str
 
     @property
@@ -158,6 +160,8 @@ class Writer:
     """
 
     walks = False
+    varies: tuple[str, ...] = "B", "T", "HV", "COUNT", "CHUNKS"
+    """Sizes whose values change nothing in the code."""
 
     def __init__(self, program: Program, piece: Piece, how: str = "", origin: dict[int, int] | None = None,
                  later: Iterable[int] = ()) -> None:
@@ -280,7 +284,8 @@ class Writer:
         source = self._signature() + "\n".join(self.lines) + "\n"
         partial = frozenset(n for n, op in self.stores if op.id in self.part)
         return Emitted(self.name, self.kernel, self.inputs, self.stores, partial, self.carries, self.loads, self.makes,
-                       self.takes, self.split, block(self.program, self.piece), self.piece.inner, self.how, self.walks, source)
+                       self.takes, self.split, block(self.program, self.piece), self.piece.inner, self.how, self.walks,
+                       sum("1" not in self.program.index[c.inp].dims for c in self.carries), source)
 
     def _close(self) -> None:
         """The end of the kernel: of tiles, everything was stored chunk by chunk."""
@@ -310,16 +315,19 @@ class Writer:
                 row = "    "
             row += a + ", "
         rows.append(row.rstrip())
-        free = '["B", "T", "HV", "COUNT", "CHUNKS"' + ', "SEGMENTS"' * bool(self.kernel.part) + "]"
-        return f"\n\n@triton.jit(do_not_specialize={free})\ndef {self.name}(\n" + "\n".join(rows) + "\n):\n"
+        free = ", ".join(f'"{n}"' for n in (*self.varies, *["SEGMENTS"] * bool(self.kernel.part)))
+        return f"\n\n@triton.jit(do_not_specialize=[{free}])\ndef {self.name}(\n" + "\n".join(rows) + "\n):\n"
 
     def _prologue(self, scan: bool) -> None:
-        blocks = {"K": "(K + BK - 1) // BK", "V": "(V + BV - 1) // BV", None: "1"}[self.split]
+        blocks = {"K": "(K + BK - 1) // BK", "V": "(V + BV - 1) // BV", "F": "K", None: "1"}[self.split]
         w = self.line
         w("pid = tl.program_id(0)")
         w(f"BLOCKS: tl.constexpr = {blocks}")
         w("PADK: tl.constexpr = K % BK != 0")
         w("PADV: tl.constexpr = V % BV != 0")
+        if self.split == "F":
+            w("F: tl.constexpr = K * K")
+            w("PADF: tl.constexpr = PADK")
         if self.piece.inner:
             w("head = pid % HV")
             w("unit = pid // HV")
@@ -330,6 +338,8 @@ class Writer:
         for d in "KV":
             if not self.piece.inner or d != self.split:
                 self._indices(d)
+        if self.split == "F" and not self.piece.inner:
+            self._indices("F")
         w("row = tl.arange(0, C)[:, None]")
         if self.part:
             w("lead = (block == 0).to(tl.float32)")
@@ -392,6 +402,9 @@ class Writer:
             self.line("skip = tl.load(seen + seq) if LED else 0")
 
     def _indices(self, d: str) -> None:
+        if d == "F":  # the pairs of one a: a block of K rows
+            self.line("cF, rF, incF, inrF = block * K + cK, block * K + rK, incK, inrK")
+            return
         start = "block * B" + d + " + " if self.split == d else ""
         self.line(f"c{d} = {start}tl.arange(0, B{d})[None, :]")
         self.line(f"r{d} = {start}tl.arange(0, B{d})[:, None]")
@@ -400,7 +413,11 @@ class Writer:
 
     def _memory(self, c: Carry) -> tuple[str, str, str]:
         """Offsets, mask and elements of a memory's tile."""
-        r, k = self.program.index[c.inp].dims
+        return self._lies(self.program.index[c.inp].dims)
+
+    def _lies(self, dims: Dims) -> tuple[str, str, str]:
+        """Offsets, mask and elements of what lies in memory row by row, as all of one head has these dimensions."""
+        r, k = dims
         parts = [f"r{r} * {k}" if k != "1" else f"r{r}"] * (r != "1") + [f"c{k}"] * (k != "1")
         offset = " + ".join(parts) or "tl.zeros([1, 1], tl.int32)"
         elements = f"{r} * {k}" if k != "1" else r
@@ -610,8 +627,8 @@ class Writer:
 
     def _pad(self, dims: Dims) -> str:
         """The mask of what is not padding in a tile of these dimensions."""
-        parts = [f"inr{dims[0]}"] if dims[0] in "KV" else []
-        parts += [f"inc{dims[1]}"] if dims[1] in "KV" else []
+        parts = [f"inr{dims[0]}"] if dims[0] in NAMED else []
+        parts += [f"inc{dims[1]}"] if dims[1] in NAMED else []
         return " & ".join(parts) or "None"
 
     def _keep(self, op: Op, dims: Iterable[str]) -> None:
@@ -674,7 +691,13 @@ class Writer:
             case "expand":
                 self.line(f"{name} = tl.broadcast_to({self.f(op.args[0])}, [{SIZE[op.dims[0]]}, {SIZE[op.dims[1]]}])")
                 source = self.program.index[op.args[0]].dims
-                self._keep(op, (d for d in op.dims if d in "KV" and d not in source))
+                self._keep(op, (d for d in op.dims if d in NAMED and d not in source))
+            case "pairs":
+                self.line(f"{name} = column({self.f(op.args[0])}, block) * {self.f(op.args[1])}")
+            case "pairs_grad":
+                d, other = map(self.f, op.args)
+                text = f"tl.where(cK == block, tl.sum({d} * {other}, axis=1, keep_dims=True), 0.0)"
+                self.line(f"{name} = {f'{d} * column({other}, block)' if op.attr('wrt') else text}")
             case "transpose":
                 self.line(f"{name} = tl.trans({self.f(op.args[0])})")
             case "rename" if op.args[0] in self.piece.known:
@@ -782,7 +805,7 @@ class Writer:
             self.line(line)
         self.line(f"{name} = {text}" if op.args else f"{name} = tl.full([1, 1], {text}, tl.float32)")
         symbols = {operand(i): self.program.index[j].dims for i, j in enumerate(op.args)}
-        self._keep(op, [d for d in op.dims if d in "KV"
+        self._keep(op, [d for d in op.dims if d in NAMED
                         and expr.xreplace({s: sympy.Integer(0) for s, dims in symbols.items() if d in dims}) != 0])
         zero = {s: sympy.Integer(0) for s, dims in symbols.items() if dims[0] == "T"}
         risky = any(q.exp.is_negative and q.base.xreplace(zero) == 0 for q in expr.atoms(sympy.Pow))

@@ -90,8 +90,8 @@ class Recording:
                    for shape, dtype, zero in self.returned]
         addresses: dict[str | int, int] = {n: x.data_ptr() for n, x in given.items()}
         addresses |= {n: x.data_ptr() for n, x in enumerate(results)}
-        room = torch.empty(self.bytes, dtype=torch.uint8, device=device)
-        base = room.data_ptr()
+        room = torch.empty(self.bytes, dtype=torch.uint8, device=device) if self.bytes else None
+        base = 0 if room is None else room.data_ptr()
         stream = triton.runtime.driver.active.get_current_stream(device.index) if device.type == "cuda" else None
         for k in self.kernels:
             arguments = list(k.arguments)

@@ -44,17 +44,24 @@ def shape(dims: Dims) -> str:
     return {"K": "[BK, 1]", "V": "[1, BV]", "E": "[BK, BV]", "1": "[1, 1]"}[letters(dims)]
 
 
-def walkable(program: Program) -> bool:
-    """Whether kernels can walk through a forward program that scans: each token by itself but for one recurrence, from which
-    all memories are; no sums over V."""
-    scans = [op for op in program.ops if op.kind == "scan"]
+def unwalkable(program: Program) -> str:
+    """The rule by which kernels cannot walk through a forward program that scans, in words; empty where they can: each token is
+    by itself but for one recurrence, from which all memories are, and nothing sums over V."""
     memories = {c.inp for c in program.carries}
-    plain = all(op.kind in ("input", "map", "expand", "valid", "sum", "max", "scan") and "V" not in contracts(program, op)
-                and not (op.kind in ("sum", "max") and op.attr("axis") == 0) for op in program.ops)
+    walks = "where entries of the memory decay each by a factor of its own, kernels go from token to token"
+    scans = [op for op in program.ops if op.kind == "scan"]
     one = len({(s.pairs, s.memory, s.imaginary, s.fields, op.attr("log"), op.attr("phase"))
                for op in scans for s in (Scanned.of(op),)}) == 1
-    return plain and one and {c.out for c in program.carries} <= {op.id for op in scans} and not any(
-        memories & set(op.args) for op in program.ops if op.kind != "scan")
+    if any("V" in contracts(program, op) for op in program.ops):
+        return f"{walks} and share the columns of V, and an output here sums over V"
+    for op in program.ops:
+        over_rows = op.kind in ("sum", "max") and op.attr("axis") == 0
+        if over_rows or op.kind not in ("input", "map", "expand", "valid", "sum", "max", "scan"):
+            return f"{walks}, and {op.kind} is of a whole chunk"
+    if not one or not {c.out for c in program.carries} <= {op.id for op in scans} or any(
+            memories & set(op.args) for op in program.ops if op.kind != "scan"):
+        return f"{walks} of one memory, and there is another beside it"
+    return ""
 
 
 def singular(expr: sympy.Expr) -> bool:

@@ -9,20 +9,28 @@ from __future__ import annotations
 
 import functools
 from collections import Counter, defaultdict
+from dataclasses import replace
 
 import sympy
 
 from lsmc.ir import Builder, Op, Program, operand, prune, verify
+from lsmc.lowering.backends.triton_cut import SCANS, splits
+from lsmc.schedules import Kernel
 
 
 def gather(program: Program) -> Program:
-    """`program` with the wide running sums of each addition taken together, and shorter row sums."""
+    """`program` as kernels are cut from it: `summed`, and its outputs `dealt`."""
     return _gather(program, program.terms)
 
 
 @functools.cache
 def _gather(program: Program, terms: tuple[tuple[str, int], ...]) -> Program:
     """Equal programs whose terms have other names are kept apart."""
+    return dealt(summed(program))
+
+
+def summed(program: Program) -> Program:
+    """`program` with the wide running sums of each addition taken together, and shorter row sums."""
     b = Builder()
     new: dict[int, int] = {}
     users, once = Counter(a for op in program.ops for a in op.args), defaultdict[int, bool](bool)
@@ -46,6 +54,33 @@ def _gather(program: Program, terms: tuple[tuple[str, int], ...]) -> Program:
         else:
             new[op.id] = b.emit(op.kind, op.dims, *args, **dict(op.attrs))
     return verify(prune(program.rebuilt(b.ops, new)))
+
+
+def dealt(program: Program) -> Program:
+    """`program` with an output of one number per token or head left in two shares (`triton_cut.whole`) where some of its terms
+    take the products of K's gradients and others those of V's: else one kernel would do the other's work again."""
+    def ways(n: str, i: int) -> dict[str, bool]:
+        return splits(replace(program, outputs=((n, i),)), Kernel("", (), (), (n,)), ())
+
+    def products(*ends: int) -> set[int]:
+        return {op.id for op in program.ancestors(ends) if op.kind == "matmul"}
+
+    clean = [(i, ways(n, i)) for n, i in program.outputs]
+    done = {d: products(*(i for i, way in clean if way.get(d))) for d in ("K", "V") if any(way.get(d) for _, way in clean)}
+    if len(done) < 2 or any(op.kind in SCANS for op in program.ops):
+        return program
+    b, outputs = Builder(program.ops), list[tuple[str, int]]()
+    for n, i in program.outputs:
+        op, shares = program.index[i], defaultdict[str, list[int]](list)
+        for a in op.args if op.kind == "map" and op.dims[1] == "1" and plain_sum(op) else ():
+            fits = [d for d in done if products(a) and d in ways(n, a)]
+            shares[min(fits, key=lambda d: len(products(a) - done[d]), default="")].append(a)
+        rest, dims = shares.pop("", []), list(shares)
+        if len(dims) < 2:
+            outputs.append((n, i))
+        else:
+            outputs += [(n, b.add(*rest, *shares[dims[0]])), (f"_{dims[1]}_{n}", b.add(*shares[dims[1]]))]
+    return verify(prune(replace(program, ops=tuple(b.ops), outputs=tuple(outputs))))
 
 
 def product(b: Builder, a: int) -> tuple[sympy.Expr, tuple[int, ...]]:

@@ -264,6 +264,12 @@ def diagonal(p):
 
 
 @triton.jit
+def column(x, at):
+    """One column of a tile."""
+    return tl.sum(tl.where(tl.arange(0, x.shape[1])[None, :] == at, x, 0.0), axis=1, keep_dims=True)
+
+
+@triton.jit
 def halved_p(x, y, g, STRICT: tl.constexpr, BEFORE: tl.constexpr, LEVELS: tl.constexpr, DT: tl.constexpr):
     """P_ij = sum over d of X_id Y_jd exp(sum of g_d over (j, i])."""
     C: tl.constexpr = x.shape[0]

@@ -16,7 +16,6 @@ from lsmc.explanation.costs import Candidate, Failure, assembler
 from lsmc.explanation.pieces import changed, code, details, dot, duration, meter, section
 from lsmc.explanation.subject import WAYS, Subject, kernels_of
 from lsmc.lowering.backends.triton_sums import gather
-from lsmc.lowering.plan import LACKS
 from lsmc.lowering.tuned.store import describe
 from lsmc.runtime.pages import WIDTH, legend, rect, svg, table, table_rows, text, ticks, upright
 from lsmc.target import H200
@@ -123,8 +122,8 @@ def kernels(s: Subject) -> str:
     parts = []
     without = [w for w, d in s.directions.items() if d.target != "triton"]
     if without:
-        lacking = {op.kind for w in without for op in s.directions[w].program.ops} & set().union(*LACKS.values())
-        why_not = f" Triton code for {', '.join(sorted(lacking))} does not exist." if lacking else ""
+        rule = s.explanation.plan.lacking
+        why_not = f" The rule: {html.escape(rule)}." if rule else ""
         parts.append(f"<p class='note'>The {' and the '.join(WAYS[w] for w in without)} program runs as ATen operations, on every "
                      f"device: there is no kernel to compile for sm_90.{why_not}</p>")
     if len(without) < len(s.directions):

@@ -7,18 +7,21 @@ computed meanwhile.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from lsmc.explanation.pieces import section
+from lsmc.runtime.errors import LsmMeshError
 from lsmc.runtime.insert import example
 from lsmc.runtime.mesh import AXES, Axis
 from lsmc.runtime.pages import WIDTH, legend, svg, table, text
+from lsmc.runtime.scaling import Machine
 from lsmc.runtime.spread import POINTWISE, name_of
 from lsmc.runtime.traffic import PARAMETERS, Message, arrival, messages, totals, traffic
 
@@ -39,11 +42,57 @@ _SIZED = frozenset({"linear", "matmul", "bmm", "mm", "rms_norm", "layer_norm", "
 
 @dataclass(frozen=True)
 class Ranks:
-    """A model's graph on the axes of a mesh, and in words what it is."""
+    """A model's graph on the axes of a mesh, and in words what it is; the graph `before`, and a table of what larger meshes
+    exchange."""
 
     module: GraphModule
     axes: Mapping[str, Axis]
     said: str
+    before: GraphModule | None = None
+    larger: tuple[Sequence[str], Sequence[Sequence[str]]] = ((), ())
+
+
+LARGER = (8, 64, 1024)
+"""Numbers of ranks whose exchanges are counted too."""
+
+
+def larger(captured: Callable[[Mapping[str, Axis]], GraphModule],
+           axes: Mapping[str, Axis]) -> tuple[list[str], list[list[str]]]:  # fmt: skip
+    """The same step on more ranks of "sp" (or of the mesh's first axis): what a rank receives, and how long that would take.
+    Each is read off a graph of its own; where there is none, the reason stands instead."""
+    machine, rows = Machine(), list[list[str]]()
+    grown = "sp" if "sp" in axes else next(iter(axes))
+    rest = math.prod(axis.size for name, axis in axes.items() if name != grown)
+    for count in LARGER:
+        wider = {**axes, grown: Axis(grown, count // rest, grown)}
+        row = [f"{count:,}", ",".join(map(str, wider.values()))]
+        try:
+            if count % rest or count == rest:
+                raise LsmMeshError(f"{count} ranks are no multiple of {2 * rest}")
+            found = traffic(captured(wider), wider)
+        except LsmMeshError as error:
+            rows.append([*row, "", "", str(error).splitlines()[0]])
+            continue
+        there, back = sum(m.forward_bytes for m in found), sum(m.backward_bytes for m in found)
+        rows.append([*row, f"{there:,}", f"{back:,}", f"{1e3 * machine.messages(found, wider):.2f} ms"])
+    said = (f"messages one after the other, {machine.nvlink / 1e9:.0f} GB/s in nodes of {machine.per_node}, "
+            f"{machine.network / 1e9:.0f} between")
+    return ["ranks", "mesh", "bytes forward", "bytes backward", said], rows
+
+
+def listing(module: GraphModule, axes: Mapping[str, Axis]) -> str:
+    """A graph as text, one operation a line; behind collectives their axis, bytes and what they overlap."""
+    found, lines = dict(messages(module, axes)), list[str]()
+    for name, inner in module.named_modules():
+        if isinstance(inner, GraphModule):
+            lines += [f"{name or 'the step'}:"]
+            for node in inner.graph.nodes:
+                given = ", ".join(map(str, node.args)) if node.op != "placeholder" else ""
+                line = f"  {node.name} ({_size(node)}) = {name_of(node) if given else node.op}({given})"
+                m = found.get(node)
+                beside = "" if m is None or not m.behind else f", beside {m.behind} operations"
+                lines.append(line if m is None else f"{line}  # {m.axis}: {_about(m)}{beside}")
+    return "\n".join(lines) + "\n"
 
 
 @dataclass(frozen=True)
@@ -70,7 +119,8 @@ def plan(r: Ranks) -> str:
             drawn[f"{_picture(rows)}<p class='key'>{rest}</p>"].append(block)
     pictures = "".join(f"<h3>{_title(blocks)}</h3>{picture}" for picture, blocks in drawn.items())
     colours = legend(((f"{axis}, {AXES[name]}", COLOURS[name]) for name, axis in r.axes.items()), "messages over an axis")
-    inner = f"{colours}{pictures}<h3>In all</h3>{table(*totals(traffic(r.module, r.axes)))}"
+    more = f"<h3>On more ranks</h3>{table(*r.larger)}" if r.larger[1] else ""
+    inner = f"{colours}{pictures}<h3>In all</h3>{table(*totals(traffic(r.module, r.axes)))}{more}"
     return section("ranks", "The plan of the ranks", inner, said)
 
 
@@ -201,4 +251,4 @@ def _lanes(rows: Sequence[_Row]) -> Iterator[int]:
         yield min(lane, 3)
 
 
-__all__ = ["Ranks", "plan"]
+__all__ = ["Ranks", "larger", "listing", "plan"]

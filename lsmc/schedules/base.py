@@ -9,6 +9,7 @@ from lsmc.affine import combination, factors
 from lsmc.ir import Op, Program
 from lsmc.schedules.cost import Shape, cost
 from lsmc.target import H200, Target
+from lsmc.walk import recurrence
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Kernel:
     read from there. `stores` names outputs. What the body holds follows from the graph: everything that these need.
 
     `part` tells what it has of a scan whose sequences are cut into segments (`lsmc.schedules.segments`): "map", "factor",
-    "combine" or "apply". The first three are scans of programs that follow from the chunk program, `of`.
+    "combine" or "apply". The first three are scans of programs that follow from the chunk program, `of`. So is one that
+    `walks`, from token to token.
     """
 
     name: str
@@ -27,11 +29,14 @@ class Kernel:
     saves: tuple[str, ...]
     stores: tuple[str, ...]
     part: str = ""
+    walks: bool = False
 
     def of(self, program: Program) -> Program:
         """The program that this kernel runs, where `program` is the schedule's; the methods below take that one."""
         if self.part == "combine":
             return combination(program, self.carries)
+        if self.walks:
+            return recurrence(program)
         return factors(program) if self.part in ("map", "factor") else program
 
     @property
@@ -61,7 +66,7 @@ class Kernel:
         what = {"map": f"scan of each segment by itself, carrying {names} from nothing", "factor": f"scan of each segment by "
                 f"itself, carrying {names} from the identity", "combine": f"scan over the segments carrying {names}",
                 "apply": f"scan of each segment from where it begins, carrying {names}"}.get(self.part, f"scan carrying {names}")
-        what = what if self.carries else "all chunks in parallel"
+        what = f"walk through the tokens carrying {names}" if self.walks else what if self.carries else "all chunks in parallel"
         parts = [f"saves {', '.join(self.saves)}"] * bool(self.saves)
         parts += [f"stores {', '.join(self.stores)}"] * bool(self.stores)
         return f"{self.name}: {what}; {'; '.join(parts) or 'keeps its ends'}"

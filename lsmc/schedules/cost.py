@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import networkx as nx
@@ -81,7 +81,7 @@ def _flops(program: Program, op: Op, s: Shape) -> float:
 def cost(program: Program, kernel: Kernel, s: Shape) -> Cost:
     """The cost of one kernel of a schedule at the given sizes, as if sequences were not cut into segments: a backend that
     runs segments side by side counts them itself."""
-    program = kernel.of(program)
+    program, s = kernel.of(program), replace(s, chunk=1) if kernel.walks else s
     ops = kernel.body(program)
     tiles = float(sum(s.size(op.dims) * (4 if op.attr("role") == "carry" else s.element_bytes)
                       for op in ops if op.kind == "input" and op.id not in kernel.own(program)))

@@ -19,10 +19,12 @@ ENVIRONMENT = {"FLA_FLASH_QLA": "0"}
 
 @dataclass(frozen=True)
 class Peer:
-    """``function`` is ``module:name``; ``call(function, **inputs)`` gives o from the inputs of our method by name."""
+    """``function`` is ``module:name``; ``call(function, **inputs)`` gives o from the inputs of our method by name. What it computes
+    otherwise than we do, if anything, is `differs`: its time is that of the same work, its numbers are not compared."""
 
     function: str
     call: Callable[..., Tensor]
+    differs: str = ""
 
 
 def _first(q: Tensor, k: Tensor, v: Tensor, f: Callable[..., Any], *more: Tensor, **options: Any) -> Tensor:
@@ -43,6 +45,39 @@ def _named(f: Callable[..., Any], *, q: Tensor, k: Tensor, v: Tensor, **gates: A
 def _skipping(f: Callable[..., Any], *, q: Tensor, k: Tensor, v: Tensor, A: Tensor, dt: Tensor, D: Tensor) -> Tensor:
     """A scalar gate A·dt, values dt·v, and D·v beside them, on a function that knows the gate alone."""
     return _first(q, k, (dt[..., None] * v).to(v.dtype), f, g=A * dt) + (D[:, None] * v).to(v.dtype)
+
+
+def _constant(f: Callable[..., Any], *, q: Tensor, k: Tensor, v: Tensor, log_a: Tensor) -> Tensor:
+    """A constant decay as a gate of every token."""
+    return _first(q, k, v, f, g=log_a.expand(v.shape[:3]))
+
+
+def _tied(f: Callable[..., Any], *, q: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """Keys that are what the gate lets go, 1 − e^g."""
+    return _first(q, -g.expm1(), v, f, g)
+
+
+def _squared(f: Callable[..., Any], *, q: Tensor, k: Tensor, v: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+    """Squared products of what is scaled and shifted, normalised: no scale but ours."""
+    query, key = ((gamma * x + beta).to(v.dtype) for x in (q, k))
+    o: Tensor = f(query, key, v, eps=1e-6, use_scale=False)
+    return o
+
+
+def _low_rank(f: Callable[..., Any], *, q: Tensor, k: Tensor, v: Tensor, g: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """By the names of its paper; gates of at least −5 a token, as typical ones are, may use its faster kernels."""
+    o: Tensor = f(r=q, w=g, k=k, v=v, a=a, b=b, scale=1.0, safe_gate=True)[0]
+    return o
+
+
+def _accelerated(f: Callable[..., Any], *, q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, eta: Tensor, theta: Tensor) -> Tensor:
+    """Log decays of memory and accumulator; the error is read at k from the memory before it decays."""
+    return _first(q, k, v, f, (-alpha).log1p(), eta.log(), p=k, eta=theta, use_qk_l2norm_in_kernel=False, use_p_times_alpha=False)
+
+
+def _normed(f: Callable[..., Any], *, q: Tensor, k: Tensor, v: Tensor, eta: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    """A layer norm's weight and bias, and rates, by position."""
+    return _first(q, k, v, f, w, b, eta[..., None], eps=1e-6, chunk_size=16)
 
 
 def _heads_first(f: Callable[..., Any], **inputs: Tensor) -> Tensor:
@@ -74,6 +109,15 @@ PEERS: Mapping[str, Mapping[str, Peer]] = {
         # gates of at least −5 a token, as typical ones are, may use its faster kernels
         "kda": Peer("fla.ops.kda:chunk_kda", lambda f, **inputs: _named(f, safe_gate=True, **inputs)),
         "rwkv6": Peer("fla.ops.rwkv6:chunk_rwkv6", lambda f, q, k, v, g, u: _first(q, k, v, f, g, u)),
+        "rwkv7": Peer("fla.ops.rwkv7:chunk_rwkv7", _low_rank),
+        "lightning": Peer("fla.ops.simple_gla:chunk_simple_gla", _constant),
+        "gateloop_real": Peer("fla.ops.gla:chunk_gla", _named),
+        "hgrn2": Peer("fla.ops.gla:chunk_gla", _tied),
+        "rebased": Peer("fla.ops.rebased:parallel_rebased", _squared),
+        "ttt": Peer("fla.ops.delta_rule:chunk_delta_rule", lambda f, eta, **inputs: _named(f, beta=eta, **inputs)),
+        "ttt_ln": Peer("fla.ops.ttt:chunk_ttt_linear", _normed,
+                       "one learning rate for each block, and q M + m in the output where q is"),
+        "titans": Peer("fla.ops.momentum_delta_rule:chunk_momentum_delta_rule", _accelerated),
     },
     "flashqla": {  # it differentiates gates in float32 only
         "gated_deltanet": Peer("flash_qla:chunk_gated_delta_rule", lambda f, g, **inputs: _named(f, g=g.float(), **inputs)),

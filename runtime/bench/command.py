@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,24 @@ from lsmc.runtime.bench.page import render
 from lsmc.runtime.bench.show import show
 from lsmc.runtime.errors import LsmConfigError
 
-SHAPES = {"cuda": ("16,4096,8,128,128", "8,2048,8,128,128"), "cpu": ("1,4096,4,64,64",)}
-DECODE_SHAPES = {"cuda": ("64,1,16,128,128",), "cpu": ("4,1,4,64,64",)}
+Shapes = dict[str, tuple[str, ...]]
+
+SHAPES: Shapes = {"cuda": ("16,4096,8,128,128", "8,2048,8,128,128"), "cpu": ("1,4096,4,64,64",)}
+DECODE_SHAPES: Shapes = {"cuda": ("64,1,16,128,128",), "cpu": ("4,1,4,64,64",)}
+CHANNELS: Shapes = {"cuda": ("8,2048,1,16,2048",), "cpu": ("1,1024,1,16,256",)}
+"""Where every entry of the memory decays: few of them for each of many channels."""
+PAIRS: Shapes = {"cuda": ("16,4096,8,16,128",), "cpu": ("1,1024,4,16,64",)}
+"""Where keys are of pairs: K·K rows."""
+
+
+def usual(declaration: Any, kind: str, decoding: bool = False) -> tuple[str, ...]:
+    """The shapes that a method is measured at where none are given."""
+    form = declaration.canonical
+    small = CHANNELS if form.matrix else PAIRS if form.rows == "F" else None
+    if small is None:
+        return (DECODE_SHAPES if decoding else SHAPES)[kind]
+    batch = DECODE_SHAPES[kind][0].split(",")[0]
+    return tuple(",".join([batch, "1", *text.split(",")[2:]]) for text in small[kind]) if decoding else small[kind]
 
 CACHES = {
     "LSMC_CACHE": "lsmc",
@@ -117,8 +133,7 @@ def run(
         if first_calls < 0:
             raise LsmConfigError(f"first_calls = {first_calls}: processes at a time, or 0 for none")
         record = {"environment": environment() | {"first_calls_at_a_time": first_calls}, "results": [], "decode": [], "failed": []}
-        texts = list(shapes or (DECODE_SHAPES if decoding else SHAPES)[kind])
-        for part in _parts(list(methods), texts, device, against, decoding, first_calls, patience, caches):
+        for part in _parts(list(methods), list(shapes), device, against, decoding, first_calls, patience, caches):
             for key, found in part.items():
                 record[key] += found
             if out is not None:  # as it goes: what is done stays
@@ -150,10 +165,11 @@ def _parts(names: list[str], texts: list[str], device: str, against: list[str], 
     from lsmc import zoo
     from lsmc.resolve import resolve
 
-    sizes = [parse_shape(text) for text in texts]
     names = names or list(zoo.names())
     declarations = [resolve(name) for name in names]  # mistakes first
+    shapes = {n: texts or list(usual(d, device.split(":")[0], decoding)) for n, d in zip(names, declarations, strict=True)}
     if len(names) == 1 and not first_calls:
+        sizes = [parse_shape(text) for text in shapes[names[0]]]
         if decoding:
             yield {"decode": [decode(declarations[0], shape, device).record() for shape in sizes]}
         else:
@@ -161,12 +177,12 @@ def _parts(names: list[str], texts: list[str], device: str, against: list[str], 
         return
     with tempfile.TemporaryDirectory() as folder:
         caches = Path(kept or folder).absolute()
-        cold = _cold(names, against, device, texts, caches, first_calls, patience) if first_calls else {}
+        cold = _cold(shapes, against, device, caches, first_calls, patience) if first_calls else {}
         for name in names:
             mine = cold.get(name, {})
             absent = {c: why for c, why in mine.items() if isinstance(why, str) and CONTENDERS[c].peer}
             options = ["--decode"] * decoding + ["--against", *(c for c in against if c not in absent)]
-            part = _in_a_process(name, texts, device, options, caches / name if first_calls else None)
+            part = _in_a_process(name, shapes[name], device, options, caches / name if first_calls else None)
             for n, found in enumerate(part["results"]):
                 found["absent"] |= absent
                 for contender, seen in found["runs"].items():
@@ -192,7 +208,7 @@ def _with(caches: Path | None) -> dict[str, str]:
     return dict(os.environ) if caches is None else {**os.environ, **{v: str(caches / name) for v, name in CACHES.items()}}
 
 
-def _cold(names: Sequence[str], against: Sequence[str], device: str, shapes: Sequence[str], caches: Path, count: int,
+def _cold(shapes: Mapping[str, Sequence[str]], against: Sequence[str], device: str, caches: Path, count: int,
           patience: float) -> dict[str, dict[str, float | str | None]]:
     """Method → contender → seconds of its first call with empty caches, or why there was none.
 
@@ -208,7 +224,7 @@ def _cold(names: Sequence[str], against: Sequence[str], device: str, shapes: Seq
             return _seconds(json.loads(kept.read_text()))
         begun = folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "lsmc.runtime.bench.first", name, contender, device, *shapes]
+        command = [sys.executable, "-m", "lsmc.runtime.bench.first", name, contender, device, *shapes[name]]
         try:
             result = subprocess.run(command, env=_with(folder), capture_output=True, text=True, check=False, timeout=patience)
         except subprocess.TimeoutExpired:
@@ -223,8 +239,8 @@ def _cold(names: Sequence[str], against: Sequence[str], device: str, shapes: Seq
         return _seconds(found)
 
     with ThreadPoolExecutor(count) as pool:
-        futures = {(name, c): pool.submit(first, name, c) for c in dict.fromkeys(wanted) for name in names}
-    found: dict[str, dict[str, float | str | None]] = {name: {} for name in names}
+        futures = {(name, c): pool.submit(first, name, c) for c in dict.fromkeys(wanted) for name in shapes}
+    found: dict[str, dict[str, float | str | None]] = {name: {} for name in shapes}
     for (name, contender), future in futures.items():
         found[name][contender] = future.result()
         print(f"{name}, {contender}: first call {future.result()}", file=sys.stderr, flush=True)

@@ -65,6 +65,12 @@ def _peer(package: str) -> Callable[[Any, torch.dtype], Function]:
     return prepare
 
 
+def differs(contender: str, declaration: Any) -> str:
+    """What a contender computes otherwise than the method, where that is known."""
+    peer = PEERS.get(contender, {}).get(declaration.name) if declaration in METHODS else None
+    return "" if peer is None else peer.differs
+
+
 def _softmax(declaration: Any, dtype: torch.dtype) -> Function:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 

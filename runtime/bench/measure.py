@@ -24,7 +24,7 @@ from lsmc.cases import Case, sample, tensors
 from lsmc.chunk import derive
 from lsmc.pipeline import CHUNK
 from lsmc.reference import reference
-from lsmc.runtime.bench.contenders import CONTENDERS, OURS, Absent, Function
+from lsmc.runtime.bench.contenders import CONTENDERS, OURS, Absent, Function, differs
 from lsmc.runtime.errors import LsmConfigError
 from lsmc.schedules import Kernel, Shape
 from lsmc.schedules.cost import cost
@@ -213,7 +213,9 @@ def measure(declaration: Any, shape: Sizes, device: str, *, against: Sequence[st
         inputs = subject.taken(name)
         forward[name] = functools.partial(function, **inputs)
         both[name] = functools.partial(_gradients, function, inputs, cotangent)
-        if CONTENDERS[name].takes is None:
+        if other := differs(name, declaration):
+            runs[name].notes.append(f"another function: {other}")
+        elif CONTENDERS[name].takes is None:
             oracle = oracle or _Oracle(subject, cotangent)
             runs[name].errors = oracle.errors(function)
     for kind, functions in (("forward", forward), ("forward_backward", both)):
@@ -245,7 +247,8 @@ def decode(declaration: Any, shape: Sizes, device: str) -> Decode:
         with torch.no_grad():
             return declaration.step(**token, state=state)
 
-    o, new = step()
+    step()
+    o, new = step()  # a repetition, as what is timed
     exact = {n: x.detach().double() for n, x in subject.inputs.items()}
     start = tuple(x.double() for x in given)
     with torch.no_grad():

@@ -342,6 +342,7 @@ def _matmul(node: Node) -> list[Link]:
 _ALIKE = (
     *POINTWISE, *CASTS, "where", "maximum", "minimum", "masked_fill", "leaky_relu", "logaddexp", "clone", "detach",
     "double", "type", "eq", "ne", "lt", "le", "gt", "ge", "mish", "hardswish", "softsign", "pos", "zeros_like", "ones_like",
+    "rshift", "lsmc.drawn", "lsmc.everywhere",
 )  # fmt: skip
 _RULES: dict[str, Callable[[Node], list[Link]]] = {
     **dict.fromkeys((*_ALIKE, "expand", "expand_as"), _pointwise),

@@ -21,6 +21,7 @@ from lsmc.runtime import collectives
 from lsmc.runtime.mesh import Axis, axes
 from lsmc.runtime.plans.deal import dealt_inputs
 from lsmc.runtime.plans.dims import Split
+from lsmc.runtime.plans.noise import place_numbers
 from lsmc.runtime.plans.tensor import layouts as plan
 
 
@@ -47,6 +48,7 @@ def layouts(model: nn.Module, mesh: Any, *inputs: Any) -> dict[str, Split]:
     names, found = {id(p): name for name, p in model.named_parameters()}, dict[str, Split]()
 
     def trace(module: GraphModule, examples: list[Any]) -> Any:
+        place_numbers(module)  # as they will be when the plan runs
         for place, split in dealt_inputs(module, axes(mesh)["tp"], plan).items():
             if id(examples[place]) in names:
                 found[names[id(examples[place])]] = split

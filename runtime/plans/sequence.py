@@ -4,6 +4,7 @@
 |---|---|
 | an LSM operator | its run from a zero memory, a gather of summaries whose size does not depend on the tokens, and a correction:
                     `lsmc.lowering.split`; of packed sequences, those of its first and its last |
+| one without such a summary | its run of all tokens of some heads: `lsmc.runtime.plans.heads` |
 | causal attention | a gather of k and v, the mask of this rank's rows |
 | a convolution's padding with zeros | the last tokens of the rank before |
 | positions | this rank's |
@@ -29,6 +30,7 @@ from lsmc.runtime import collectives
 from lsmc.runtime.attend import able, attend
 from lsmc.runtime.insert import Value
 from lsmc.runtime.mesh import Axis
+from lsmc.runtime.plans.heads import by_heads
 from lsmc.runtime.spread import RULES, Spread, attention, batched, padded
 
 NEAR = 8
@@ -55,20 +57,21 @@ def operator(s: Spread, node: Node, inputs: Sequence[Value], start: Sequence[Val
             v = s.taken(v, 1)
         elif split is not None and (name not in tokens or (split.dim, split.outer, split.ahead) != (1, 1, 0)):
             raise s.refused(node, f"has parts of {name!r} that are not its tokens")
-        given.append(s.used(v) if name not in tokens else v)
-    wanted = any(user.args[1] != 0 and user.users for user in node.users)
-    if cu_seqlens is not None and (start or wanted or s.of(cu_seqlens) is not None):
-        what = "an initial state" if start else "a final state" if wanted else "ends that are themselves dealt out"
-        raise s.refused(node, f"has packed sequences (cu_seqlens) and {what}")
+        given.append(v)
+    if cu_seqlens is not None and s.of(cu_seqlens) is not None:
+        raise s.refused(node, "has packed sequences (cu_seqlens) whose ends are themselves dealt out")
     if any(s.of(v) is not None for v in start):
         raise s.refused(node, "has parts of the initial state")
+    wanted = any(user.args[1] != 0 and user.users for user in node.users)
     try:
         kind, twice = way(spec)
     except LsmError as error:
-        raise s.refused(node, f"cannot pass its memory on: {error.rule}") from None
+        return by_heads(s, node, dict(zip(plan.inputs, given)), start, cu_seqlens, wanted, error.rule)
+    given = [v if name in tokens else s.used(v) for name, v in zip(plan.inputs, given)]
     lsmc, sizes = torch.ops.lsmc, ops.extents(plan, [v.example for v in given])
     options = s.axis.size, [sizes.dims["K"], sizes.dims["V"]], spec
     packed = None if cu_seqlens is None else Packed(s, cu_seqlens, sizes.tokens)
+    twice |= packed is not None and bool(start or wanted)  # sequences that begin and end inside need theirs
     o = through = None
     if kind == "sums":
         pack = lsmc.summary.default(given, spec, packed and packed.since)
@@ -85,21 +88,25 @@ def operator(s: Spread, node: Node, inputs: Sequence[Value], start: Sequence[Val
         after = [x.index_select(0, packed.last) for x in after] if packed else after
         pack = lsmc.remembered.default(given, after, spec, packed and packed.since)
         pending = collectives.gather(pack, s.axis)
-    states = lsmc.incoming.default(collectives.arrived(pending), [s.used(v) for v in start], s.rank(), *options,
-                                   packed and packed.rank)
-    states = [states[i] for i in range(len(plan.carries))]
+    first = [s.used(v) for v in start]
+    before = [x.index_select(0, packed.first) for x in first] if packed else first
+    states = lsmc.incoming.default(collectives.arrived(pending), before, s.rank(), *options, packed and packed.rank)
+    states, ends = [states[i] for i in range(len(plan.carries))], list[Value]()
     if twice or o is None:
-        o = lsmc.fwd.default(given, packed.starting(states) if packed else states, packed and packed.ends, spec)[0]
+        again = lsmc.fwd.default(given, packed.starting(states, first) if packed else states, packed and packed.ends, spec)
+        o = again[0]
+        if packed and wanted:
+            ends = [collectives.summed(packed.ending(again[i + 1]), s.axis) for i in range(len(states))]
     else:
         found = (lsmc.corrected.default(o, given, states, spec) if through is None
                  else lsmc.through.default(o, through, states))
         o = torch.where(packed.reached, found, o) if packed else found
     s.changes.append(f"{node.name}: {plan.name} exchanges {pack.shape[-1]} numbers per head over {s.axis}")
     s.mark(o, replace(places[0], dim=1))
-    if wanted:
-        states = lsmc.incoming.default(collectives.whole(pack, 0, s.axis), list(start), None, *options)
-        states = [states[i] for i in range(len(plan.carries))]
-    return (o, *states)[: 1 if packed else None]
+    if wanted and not packed:
+        ends = lsmc.incoming.default(collectives.whole(pack, 0, s.axis), list(start), None, *options)
+        ends = [ends[i] for i in range(len(plan.carries))]
+    return (o, *ends)
 
 
 class Packed:
@@ -109,6 +116,7 @@ class Packed:
     since    (1,): where the sequence of its last token begins, less than 0 on a rank before; last: the index of that sequence
     rank     (1,): the rank on which the sequence of its first token begins
     reached  (1, T, 1, 1): which tokens are of that sequence
+    chosen   (N, 1, 1, 1): which sequence it is; ours: which end here
     """
 
     def __init__(self, s: Spread, cu_seqlens: Value, tokens: int) -> None:
@@ -120,15 +128,20 @@ class Packed:
         until = cu_seqlens.index_select(0, self.first + 1) - at
         self.reached = (self._range(s, tokens, at) < until).reshape(1, -1, 1, 1)
         self.chosen = (self._range(s, begins.shape[0], at) == self.first).reshape(-1, 1, 1, 1)
+        self.ours = ((cu_seqlens[1:] - 1).clamp(min=0) // tokens == s.rank()).reshape(-1, 1, 1, 1)
 
     @staticmethod
     def _range(s: Spread, n: int, like: Value) -> Value:
         made: Any = s.writer.create_proxy("call_function", torch.arange, (n,), {"device": like.device})
         return made
 
-    def starting(self, states: Sequence[Value]) -> list[Any]:
-        """(N, …): what comes in for the first sequence, zeros for the others."""
-        return [torch.where(self.chosen, x, torch.zeros_like(x)) for x in states]
+    def starting(self, states: Sequence[Value], start: Sequence[Value]) -> list[Any]:
+        """(N, …): what comes in for the first sequence; for the others what they start from, or zeros."""
+        return [torch.where(self.chosen, x, start[i] if start else torch.zeros_like(x)) for i, x in enumerate(states)]
+
+    def ending(self, state: Value) -> Any:
+        """(N, …): what is left of the sequences that end here, zeros for the others."""
+        return torch.where(self.ours, state, torch.zeros_like(state))
 
 
 def causal(s: Spread, node: Node, q: Value, k: Value, v: Value, attn_mask: Any = None, dropout_p: float = 0.0,
@@ -137,8 +150,8 @@ def causal(s: Spread, node: Node, q: Value, k: Value, v: Value, attn_mask: Any =
     split = s.only(node, q, k, v)
     if split.dim != -2:
         return attention(s, node, q, k, v, attn_mask, dropout_p, is_causal, **kwargs)
-    if dropout_p or any(s.of(x) is None for x in (q, k, v)) or split.outer > 1 or split.ahead:
-        raise s.refused(node, "has dropout" if dropout_p else "meets keys that are not split as its queries are")
+    if any(s.of(x) is None for x in (q, k, v)) or split.outer > 1 or split.ahead:
+        raise s.refused(node, "meets keys that are not split as its queries are")
     n, many = q.shape[-2], s.axis.size
     pending = collectives.gather(torch.stack([k, v]) if k.shape == v.shape else torch.cat([k, v], -1)[None], s.axis)
     parts = collectives.arrived(pending).unflatten(0, (many, -1)).movedim(0, -3).flatten(-3, -2)

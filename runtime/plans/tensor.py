@@ -21,7 +21,7 @@ from lsmc.runtime.errors import LsmMeshError
 from lsmc.runtime.insert import example
 from lsmc.runtime.mesh import Axis
 from lsmc.runtime.plans.deal import Growth, Layouts, deal
-from lsmc.runtime.plans.dims import Split, argument, arguments, shape_of
+from lsmc.runtime.plans.dims import Split, arguments, shape_of
 from lsmc.runtime.spread import name_of
 
 
@@ -47,11 +47,10 @@ def seeds(module: GraphModule, axis: Axis) -> Iterator[tuple[Node, Split]]:
             for user in (user for user in node.users if user.users):  # what is kept for the backward has none yet
                 yield _of(user, 2 if arguments(user)[1] == 0 else 1, axis, what)
         elif name == "scaled_dot_product_attention":
-            if argument(node, 4, "dropout_p", 0.0):
-                raise LsmMeshError(f"axis {axis.name!r} splits heads, and {node.name} has dropout",
-                                   help="its numbers would not be those of one process: dropout_p=0")
             for x in (*arguments(node)[:3], node):
                 yield _of(x, len(shape_of(x)) - 3, axis, "the number of attention heads")
+        elif name == "lsmc.everywhere" and len(shape_of(node)) > 3:
+            yield _of(node, len(shape_of(node)) - 3, axis, "the number of attention heads")
         elif name == "lsmc.moe_experts":
             yield _of(arguments(node)[3], 1, axis, "the width of the experts", blocks=2)
             yield _of(arguments(node)[4], 2, axis, "the width of the experts")

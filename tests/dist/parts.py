@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -75,8 +76,23 @@ def check_parts(model: nn.Module, mesh: DeviceMesh, tokens: tuple[Tensor, Tensor
     path = checkpoint.save(folder, state, own, optimisers[0], first=dist.get_rank() == 0)
     dist.barrier()
     moments = checkpoint.optimizer_tensors(model, optimisers[1])
-    for target, optimiser in ((held, torch.optim.AdamW(held.parameters())), (own, optimisers[0])):
+    dcp.save({"run": checkpoint.Portable(own, optimisers[0], mesh)}, checkpoint_id=folder / "portable")
+
+    def from_one(target: nn.Module, optimiser: torch.optim.Optimizer) -> None:
         checkpoint.load(path, target, optimiser)
+
+    def from_all(target: nn.Module, optimiser: torch.optim.Optimizer) -> None:
+        """Into what is on this rank alone, or in parts."""
+        to = checkpoint.Portable(target, optimiser, mesh if parts_of(target) else None)
+        dcp.load({"run": to}, checkpoint_id=folder / "portable", no_dist=to.ranks is None)
+
+    alone = copy.deepcopy(held)
+    for read, target, optimiser in ((from_one, held, torch.optim.AdamW(held.parameters())), (from_one, own, optimisers[0]),
+                                    (from_all, alone, torch.optim.AdamW(alone.parameters())), (from_all, own, optimisers[0])):
+        if read is from_all and target is own:
+            for x in (*own.parameters(), *(m for s in optimiser.state.values() for m in s.values())):
+                x.detach().zero_()
+        read(target, optimiser)
         for name, x in checkpoint.model_tensors(target).items():
             close(x, wanted[name].detach(), f"{name} after two steps")
         for name, x in checkpoint.optimizer_tensors(target, optimiser).items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,22 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.fx import GraphModule
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import lsmc
 from lsmc import LSM, M, Vector, k, outer, q, v
 from lsmc.cases import Case, sample, tensors
 from lsmc.models import HybridMoE, config
 from lsmc.runtime.plans import sequence
+from lsmc.runtime.plans.noise import place_numbers
 from lsmc.summary import message
 from lsmc.zoo import METHODS
 from tests.dist.parts import check_odd, check_parts
@@ -41,8 +48,8 @@ def as_they_are() -> Iterator[None]:
         yield
 
 
-def check_operator(op: LSM, mesh: DeviceMesh) -> None:
-    drawn = sample(op, Case(batch=2, time=8, heads=1, groups=2, key_dim=3, value_dim=2, gates="mixture", initial_state=True))
+def check_operator(op: LSM, mesh: DeviceMesh, heads: int = 1) -> None:
+    drawn = sample(op, Case(batch=2, time=8, heads=heads, groups=2, key_dim=3, value_dim=2, gates="mixture", initial_state=True))
 
     def layer(inputs: dict[str, Tensor], state: Any) -> list[Tensor]:
         o, end = op(**inputs, initial_state=state, return_final_state=True, scale=0.5)
@@ -61,28 +68,71 @@ def check_operator(op: LSM, mesh: DeviceMesh) -> None:
             close(x, y, f"{op.name}, value {i}")
 
 
-def check_packed(op: LSM, mesh: DeviceMesh, ends: list[int]) -> None:
-    """Packed sequences whose ends lie anywhere, with several of them on a rank and none; attention under the mask of the same."""
-    drawn = sample(op, Case(batch=1, time=16, heads=1, groups=2, key_dim=3, value_dim=2, gates="mixture"))
+def check_packed(op: LSM, mesh: DeviceMesh, ends: list[int], states: bool = False, heads: int = 1) -> None:
+    """Packed sequences whose ends lie anywhere, with several of them on a rank and none; attention under the mask of the same.
+    With `states` each of them, the empty ones too, starts from a memory and leaves one."""
+    case = Case(batch=1, time=16, heads=heads, groups=2, key_dim=3, value_dim=2, gates="mixture", initial_state=states)
+    drawn = sample(op, case, batch=len(ends) - 1)
     packed, results = torch.tensor(ends), list[list[Tensor]]()
     torch._dynamo.reset()
 
-    def layer(inputs: dict[str, Tensor], ends: Tensor) -> Tensor:
+    def layer(inputs: dict[str, Tensor], state: Any, ends: Tensor) -> list[Tensor]:
+        if states:
+            o, left = op(**inputs, cu_seqlens=ends, scale=0.5, initial_state=state, return_final_state=True)
+            return [o.sin(), *tensors(left)]
         o = op(**inputs, cu_seqlens=ends, scale=0.5)
         if op.name != "kda":
-            return o.sin()
+            return [o.sin()]
         place = torch.arange(16)
         of = (place[:, None] >= ends).sum(1)
         mask = (of[:, None] == of) & (place[:, None] >= place)
         y = F.scaled_dot_product_attention(*(inputs[n].transpose(1, 2) for n in "vvv"), attn_mask=mask)
-        return o.sin() + y.transpose(1, 2)
+        return [o.sin() + y.transpose(1, 2)]
 
     for run in (lsmc.compile(layer, mesh=mesh), layer):
-        o = run(drawn.inputs, packed)
-        loss = (o * torch.linspace(0.5, 1.5, o.numel(), dtype=o.dtype).view_as(o)).sum()
-        results.append([o, *torch.autograd.grad(loss, [x for x in drawn.inputs.values() if x.requires_grad])])
+        outputs = run(drawn.inputs, drawn.state, packed)
+        loss = sum((o * torch.linspace(0.5, 1.5, o.numel(), dtype=o.dtype).view_as(o)).sum() for o in outputs)
+        grads = torch.autograd.grad(loss, drawn.leaves(), allow_unused=True)
+        results.append([*outputs, *(torch.zeros_like(x) if d is None else d for x, d in zip(drawn.leaves(), grads))])
     for i, (found, wanted) in enumerate(zip(*results, strict=True)):
         close(found, wanted, f"packed {op.name}, ends {ends}, value {i}")
+
+
+class Noisy(nn.Module):
+    """Dropout of tokens, of heads, of tokens of a merged batch, of attention's weights and in a region that is computed again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.out, self.drop = nn.Linear(8, 24), nn.Linear(8, 8), nn.Dropout(0.3)
+        self.slope = nn.Parameter(torch.rand(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.project(self.drop(x)).unflatten(-1, (3, 4, 2)).unbind(2)
+        o = F.dropout(lsmc.zoo.retnet(q=q, k=k, v=v, log_a=-F.softplus(self.slope)), 0.2)
+        y = F.scaled_dot_product_attention(*(z.transpose(1, 2) for z in (q, k, v)), dropout_p=0.4, is_causal=True)
+        x = x + self.drop(self.out((o + y.transpose(1, 2)).flatten(2))) * (1 + torch.rand_like(x))
+        x = x + checkpoint(lambda z: self.drop(z.sin()), x, use_reentrant=False)
+        return F.dropout(x.reshape(-1, 8), 0.5).view(2, 8, 8) + F.dropout(x, 0.9, training=False)
+
+
+def check_noise(mesh: DeviceMesh) -> None:
+    """Whatever each rank's own generator: the numbers are those of the first rank's seed and of places in the whole."""
+    torch.manual_seed(0)
+    model, x = Noisy().double(), torch.randn(2, 8, 8, dtype=torch.float64, requires_grad=True)
+    results = list[list[Tensor]]()
+
+    def on_one(module: GraphModule, _: Any) -> Any:
+        place_numbers(module)
+        return module.forward
+
+    for run, seed in ((lsmc.compile(model, mesh=mesh), 7 + dist.get_rank()), (torch.compile(model, backend=on_one, fullgraph=True), 7)):
+        torch._dynamo.reset()
+        torch.manual_seed(seed)
+        y = [run(x), run(x)]
+        assert not torch.equal(*y), "another step, other numbers"
+        results.append([*y, *torch.autograd.grad(sum(y).sin().sum(), (x, *model.parameters()))])
+    for i, (found, wanted) in enumerate(zip(*results, strict=True)):
+        close(found, wanted, f"noise over {mesh.mesh_dim_names}, value {i}")
 
 
 def small(lsm: str, pattern: str, **options: Any) -> HybridMoE:
@@ -117,6 +167,27 @@ def check_model(model: HybridMoE, mesh: DeviceMesh, steps: int = 1, tolerance: f
             optimiser.zero_grad()
 
 
+def check_replicas(mesh: DeviceMesh, wrap: Callable[[nn.Module, DeviceMesh], nn.Module]) -> None:
+    """Ranks of "dp" with data of their own, around a model compiled for the others: torch averages their gradients."""
+    model = small("gla", "LN")
+    own, tokens = copy.deepcopy(model), [text(1, 16, seed=i) for i in range(mesh["dp"].size())]
+    torch._dynamo.reset()
+    wrap(lsmc.compile(own, mesh=mesh["sp"]), mesh["dp"])(*tokens[mesh.get_local_rank("dp")]).total.backward()
+    sum(model(*each).total / len(tokens) for each in tokens).backward()
+    for (name, p), r in zip(own.named_parameters(), model.parameters(), strict=True):
+        grad = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+        close(torch.zeros_like(r) if grad is None else grad, r.grad, f"the gradient of {name} of replicas")
+
+
+def sharded(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def replicated(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    return DistributedDataParallel(model, process_group=mesh.get_group())
+
+
 def named(**sizes: int) -> DeviceMesh:
     return init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
@@ -127,8 +198,11 @@ def on_two(folder: Path) -> None:
         with mock.patch.object(sequence, "NEAR", 1):
             check_operator(lsmc.zoo.gla, named(sp=2))
         check_operator(lsmc.zoo.mamba2, named(dp=2))
-        for op in (lsmc.zoo.mamba2, lsmc.zoo.kda, lsmc.zoo.mamba):
-            check_packed(op, named(sp=2), [0, 3, 3, 11, 16])
+        check_operator(lsmc.zoo.ttt_ln, named(sp=2))
+        for op, states in ((lsmc.zoo.mamba2, False), (lsmc.zoo.kda, False), (lsmc.zoo.mamba, True)):
+            check_packed(op, named(sp=2), [0, 3, 3, 11, 16, 16], states)
+        for axis in ("sp", "dp", "tp"):
+            check_noise(named(**{axis: 2}))
         check_model(small("kda", "LN"), named(dp=1, sp=2))
         check_odd(named(tp=2))
         check_parts(small("gla", "LN", value_heads=4), named(tp=2), text(2, 16, seed=0), folder)
@@ -136,18 +210,24 @@ def on_two(folder: Path) -> None:
 
 def on_four(folder: Path) -> None:
     with as_they_are():
-        for op in (*(m for m in METHODS if message(m.canonical) != "none"), normalised):
-            check_operator(op, named(sp=4))
+        for op in (*METHODS, normalised):
+            heads = 2 if message(op.canonical) == "none" else 1  # with groups of two, one for each of the four
+            check_operator(op, named(sp=4), heads)
             with mock.patch.object(sequence, "NEAR", 1):
-                check_operator(op, named(sp=4))
+                check_operator(op, named(sp=4), heads)
             check_operator(op, named(dp=2, sp=2))
             for ends in ([0, 16], [0, 1, 15, 16], [0, 0, 4, 6, 6, 8, 16, 16]):
-                check_packed(op, named(sp=4), ends)
-        for lsm in ("bla", "mamba2", "gla", "kda", "titans"):
-            check_model(small(lsm, "LLLN"), named(sp=4))
+                check_packed(op, named(sp=4), ends, heads=heads)
+                check_packed(op, named(sp=4), ends, states=True, heads=heads)
+        for mesh in (named(sp=4), named(tp=4), named(sp=2, tp=2), named(tp=2, dp=2), named(dp=2, sp=2)):
+            check_noise(mesh)
+        for wrap in (replicated, sharded):
+            check_replicas(named(dp=2, sp=2), wrap)
+        for lsm in ("bla", "mamba2", "gla", "kda", "titans", "ttt_ln"):
+            check_model(small(lsm, "LLLN", heads=4 if lsm == "ttt_ln" else 2), named(sp=4))
             check_model(small(lsm, "LLLN", activation_checkpointing=True), named(dp=2, sp=2))
             check_model(small(lsm, "LLLN", heads=4), named(tp=4))
-            check_model(small(lsm, "LLLN", activation_checkpointing=True), named(tp=2, sp=2))
+            check_model(small(lsm, "LLLN", heads=4 if lsm == "ttt_ln" else 2, activation_checkpointing=True), named(tp=2, sp=2))
         check_model(small("gla", "LLLN"), named(sp=2, dp=2), steps=20, tolerance=1e-8)
         check_model(small("gated_deltanet", "LLLN"), named(sp=2, tp=2), steps=20, tolerance=1e-8)
         shared = {"experts": 4, "top_k": 2, "width": 8, "shared_width": 6}

@@ -71,6 +71,19 @@ def stand_ins() -> dict[str, Callable[..., Any]]:
     def chunk_rwkv6(r, k, v, w, u, scale=None):
         return recurrence(zoo.rwkv6, scale, q=r, k=k, v=v, g=w, u=u), None
 
+    def chunk_rwkv7(r, w, k, v, a, b, scale=1.0, safe_gate=False):
+        return recurrence(zoo.rwkv7, scale, q=r, k=k, v=v, g=w, a=a, b=b), None
+
+    def parallel_rebased(q, k, v, eps=1e-5, use_scale=True, use_normalize=True):
+        assert eps == 1e-6 and not use_scale and use_normalize
+        one, none = torch.ones_like(q[0, 0, 0]), torch.zeros_like(q[0, 0, 0])
+        return recurrence(zoo.rebased, 1.0, q=q, k=k, v=v, gamma=one, beta=none)
+
+    def chunk_momentum_delta_rule(q, k, v, log_alpha, log_mu, p=None, beta=None, eta=None, scale=None, use_qk_l2norm_in_kernel=True,
+                                  use_p_times_alpha=True):
+        assert p is k and beta is None and not use_qk_l2norm_in_kernel and not use_p_times_alpha
+        return recurrence(zoo.titans, scale, q=q, k=k, v=v, alpha=-log_alpha.expm1(), eta=log_mu.exp(), theta=eta), None
+
     def heads_first(method):
         def call(q, k, v, g=None, beta=None, *, C=64, scale=1.0):
             given = {n: x.transpose(1, 2) for n, x in {"q": q, "k": k, "v": v, "g": g, "beta": beta}.items() if x is not None}
@@ -83,6 +96,8 @@ def stand_ins() -> dict[str, Callable[..., Any]]:
         "fla.ops.simple_gla:chunk_simple_gla": chunk_simple_gla, "fla.ops.gla:chunk_gla": chunk_gla,
         "fla.ops.delta_rule:chunk_delta_rule": chunk_delta_rule, "fla.ops.kda:chunk_kda": chunk_kda,
         "fla.ops.gated_delta_rule:chunk_gated_delta_rule": chunk_gated_delta_rule, "fla.ops.rwkv6:chunk_rwkv6": chunk_rwkv6,
+        "fla.ops.rwkv7:chunk_rwkv7": chunk_rwkv7, "fla.ops.rebased:parallel_rebased": parallel_rebased,
+        "fla.ops.momentum_delta_rule:chunk_momentum_delta_rule": chunk_momentum_delta_rule,
         "flash_qla:chunk_gated_delta_rule": chunk_gated_delta_rule,
     }  # fmt: skip
     for name, method in (("linear_attn", zoo.bla), ("retention", gated), ("mamba2_ssd", gated), ("gla", zoo.gla),
@@ -106,7 +121,7 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("packages")
-@pytest.mark.parametrize(("package", "method"), [(p, m) for p, known in PEERS.items() for m in known])
+@pytest.mark.parametrize(("package", "method"), [(p, m) for p, known in PEERS.items() for m in known if not known[m].differs])
 def test_a_peer_is_called_so_that_it_computes_our_method(package: str, method: str) -> None:
     """Output and the gradient of every input, against the recurrence, value heads as many as key heads."""
     op = getattr(zoo, method)
@@ -209,7 +224,7 @@ def test_first_calls_are_made_with_empty_caches_that_are_used_afterwards(tmp_pat
     [found] = record["results"]
     seconds = found["runs"]["eager"]["cold_s"]
     assert seconds > 0
-    assert command._cold(["bla"], [], "cpu", ["1,32,1,8,8"], tmp_path / "caches", 1, 0.0) == {"bla": {"eager": seconds}}
+    assert command._cold({"bla": ["1,32,1,8,8"]}, [], "cpu", tmp_path / "caches", 1, 0.0) == {"bla": {"eager": seconds}}
     assert found["absent"] == {"flashqla": "no function of it is known for this method"}
     assert json.loads((tmp_path / "out.json").read_text()) == record
     assert "absent: flashqla for bla" in capsys.readouterr().out
@@ -222,7 +237,7 @@ def test_a_first_call_that_takes_too_long_makes_a_peer_absent(tmp_path: Path, mo
 
     command_caches = command.CACHES
     monkeypatch.setattr(command.subprocess, "run", hangs)
-    asked = (["gla"], ["fla", "loop", "sdpa"], "cpu", ["1,8,1,2,2"], tmp_path, 2, 3.0)
+    asked = ({"gla": ["1,8,1,2,2"]}, ["fla", "loop", "sdpa"], "cpu", tmp_path, 2, 3.0)
     assert command._cold(*asked) == {"gla": dict.fromkeys(("fla", "eager"), "its first call took more than 3 s")}
     monkeypatch.setattr(command.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, 'said\n{"seconds": [1.5]}\n'))
     for _ in range(2):  # a second try finds what the first one left: these caches were not empty

@@ -199,6 +199,22 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Not tested." in text
 
 
+WITHOUT = {
+    "sums over V": lsmc.LSM("own", decay=lsmc.Matrix(-lsmc.outer(lsmc.exp(lsmc.vector("a")), lsmc.exp(lsmc.vector("b", over="V")))),
+                            update=lsmc.outer(lsmc.k, lsmc.v), readout=lsmc.rmsnorm(lsmc.q @ lsmc.M)),
+    "sums over all pairs": lsmc.LSM("own", update=lsmc.outer(lsmc.pairs(lsmc.k), lsmc.v - lsmc.pairs(lsmc.k) @ lsmc.M),
+                                    readout=lsmc.pairs(lsmc.q) @ lsmc.M),
+}
+
+
+@pytest.mark.parametrize("rule", WITHOUT)
+def test_the_rule_by_which_a_method_has_no_kernels_is_said(rule: str) -> None:
+    explanation = lsmc.explain(WITHOUT[rule])
+    assert rule in explanation.stages()["schedule"].splitlines()[0]
+    assert rule in numbers.kernels(Subject(explanation, Findings()))
+    assert lsmc.explain(WITHOUT[rule], target="aten").plan.lacking == ""
+
+
 @pytest.mark.skipif(bool(costs.obstacle()), reason=f"cannot compile: {costs.obstacle()}")
 def test_a_kernel_is_compiled_for_the_page() -> None:
     direction = lsmc.explain(zoo.bla, shape=Shape(8, 512, 16, 16, 16)).plan.forward

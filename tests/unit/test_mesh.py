@@ -71,6 +71,42 @@ def test_messages_of_operators_do_not_depend_on_the_tokens(name: str, sp: Device
     assert sizes == {(2, 3, split.message(str(spec), 5, 2))}
 
 
+def test_what_has_no_summary_trades_tokens_for_heads(sp: DeviceMesh, graphs: list[GraphModule]) -> None:
+    """One message there and one back, and as many backward: what is per token of all heads, of which each rank keeps its share."""
+    case = Case(batch=2, time=8, heads=2, groups=2, key_dim=3, value_dim=3)
+    inputs = sample(lsmc.zoo.ttt_ln, case).inputs
+    lsmc.compile(layer(lsmc.zoo.ttt_ln), mesh=sp)(inputs)
+    axis = Axis("sp", RANKS, calls(graphs[-1], "lsmc.traded")[0].args[-1])
+    there, back = [m for m in traffic(graphs[-1], {"sp": axis}) if m.of == "tokens for heads of ttt_ln"]
+    q, k, v, eta = (2 * 4 * n for n in (3, 3, 3, 1))  # q and k, of two heads, once for each rank
+    assert (there.forward, there.backward, back.forward) == ("all-to-all",) * 3
+    assert there.forward_bytes == there.backward_bytes == (q + k + v + eta) * 2 * 8 * (RANKS - 1) // RANKS
+    assert back.forward_bytes == v * 2 * 8 * (RANKS - 1) // RANKS
+    (run,) = calls(graphs[-1], "lsmc.fwd")
+    assert run.meta["example_value"][0].shape == (2, 8, 1, 3)
+
+
+def test_numbers_are_those_of_their_place() -> None:
+    """Another seed, call or place gives another number, uniform on 32 bits; a part of the places the same part of them."""
+    def drawn(seed: int, call: int, rows: Tensor, columns: Tensor) -> Tensor:
+        return torch.ops.lsmc.drawn.default(torch.tensor(seed), call, [rows[:, None], columns])
+
+    rows, columns = torch.arange(200), torch.arange(300)
+    whole = drawn(5, 0, rows, columns)
+    assert torch.equal(drawn(5, 0, rows[50:100], columns[7:]), whole[50:100, 7:])
+    others = [whole, whole.T.reshape(200, 300), drawn(5, 1, rows, columns), drawn(6, 0, rows, columns), drawn(5 + (1 << 40), 0, rows, columns),
+              drawn(5, 0, rows + 200, columns), drawn(5, 0, rows, columns + 300)]
+    for x in others:
+        u = x.double() / 2**32
+        assert u.min() >= 0 and u.max() < 1 and abs(u.mean() - 1 / 2) < 0.01 and abs(u.var() - 1 / 12) < 0.01
+        assert abs((x & 1).double().mean() - 1 / 2) < 0.01
+        for y in (z for z in others if z is not x):
+            assert abs(torch.corrcoef(torch.stack([u.flatten(), y.double().flatten()]))[0, 1]) < 0.02
+    for lag in (1, 2):
+        assert abs(torch.corrcoef(torch.stack([whole[lag:].flatten(), whole[:-lag].flatten()]).double())[0, 1]) < 0.02
+        assert abs(torch.corrcoef(torch.stack([whole[:, lag:].flatten(), whole[:, :-lag].flatten()]).double())[0, 1]) < 0.02
+
+
 def small(pattern: str, **options: Any) -> HybridMoE:
     size = {"hidden": 16, "heads": 2, "vocabulary": 13, "gate_rank": 4, "moe": {"experts": 2, "top_k": 1, "width": 8}}
     return HybridMoE(config("tiny", pattern=pattern, **size, **options))
@@ -161,7 +197,8 @@ REFUSED: dict[str, tuple[Callable[..., Any], tuple[int, ...], str]] = {
     "tokens by tokens": (lambda x: x @ x.transpose(1, 2), (2, 8, 3), "matmul contracts"),
     "padding with more tokens": (lambda x: F.pad(x, (0, 0, 0, 1)), (2, 8, 3), "pad adds entries to the dimension"),
     "looking back too far": (lambda x: F.pad(x, (0, 0, 3, 0))[:, :8], (2, 8, 3), "pad looks back 3 tokens, and a rank has 2"),
-    "dropout": (lambda x: F.dropout(x, 0.5), (2, 8, 3), "dropout is not known to keep them apart"),
+    "numbers of each rank": (lambda x: x + torch.randn_like(x), (2, 8, 3), "randn_like draws numbers that would be each rank's own"),
+    "dropout in place": (lambda x: F.dropout(x, 0.5, True, True), (2, 8, 3), "dropout is called in a way that is not known to draw"),
     "an unknown function": (lambda x: torch.fft.fft(x, dim=1).real, (2, 8, 3), "fft is not known to keep them apart"),
     "nothing to split": (lambda x: x * 2, (8,), "no argument of the model holds the sequence"),
 }
@@ -177,12 +214,11 @@ def test_what_an_axis_cannot_split_is_refused_by_name(what: str, sp: DeviceMesh,
     assert "splits" not in message or "test_mesh.py" in str(caught.value)
 
 
-def test_states_of_packed_sequences_are_refused_by_name(sp: DeviceMesh) -> None:
-    """They would lie on the ranks where the sequences begin and end."""
-    drawn, ends = sample(lsmc.zoo.bla, Case(time=8, key_dim=2, value_dim=2, initial_state=True)), torch.tensor([0, 8])
-    for what, options in (("an initial state", {"initial_state": drawn.state}), ("a final state", {"return_final_state": True})):
-        with pytest.raises(LsmMeshError, match=f"packed sequences \\(cu_seqlens\\) and {what}"):
-            lsmc.compile(lambda x, at, o=options: lsmc.zoo.bla(**x, cu_seqlens=at, **o), mesh=sp)(drawn.inputs, ends)
+def test_heads_that_ranks_cannot_share_are_refused_by_name(sp: DeviceMesh, graphs: list[GraphModule]) -> None:
+    inputs = sample(lsmc.zoo.ttt_ln, Case(time=8, groups=2, key_dim=2, value_dim=2)).inputs
+    with pytest.raises(LsmMeshError, match="ttt_ln has no summary .* its 2 heads are no multiple of the 4 ranks"):
+        lsmc.compile(layer(lsmc.zoo.ttt_ln), mesh=sp)(inputs)
+    assert not graphs
 
 
 @pytest.mark.parametrize(

@@ -391,3 +391,38 @@ def test_a_wrong_call_is_named_within_a_second(mistake: str) -> None:
         lsmc.zoo.kda(**given)
     assert type(caught.value) is kind
     assert time.perf_counter() - started < 1
+
+
+@each(lsmc.zoo.retnet, lsmc.zoo.gateloop, normalised)
+def test_a_step_like_an_earlier_one_repeats_its_launch_on_what_it_is_given(op: LSM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other inputs, another state, defaults that are left out: the same numbers as through the operator, of the same shapes. (What
+    is repeated here is the operator's program: only GPUs record launches.)"""
+    drawn = sample(op, Case(2, 3, 2, key_dim=4, value_dim=3, initial_state=True))
+    inputs = {n: x.detach() for n, x in drawn.inputs.items() if n not in op.canonical.defaults}
+    tokens = [{n: x[:, t] if n in drawn.per_token else x for n, x in inputs.items()} for t in range(3)]
+
+    def steps() -> list[Tensor]:
+        state, out = drawn.state, list[Tensor]()
+        for token in tokens:
+            o, state = op.step(**token, state=state)
+            out += [o, *tensors(state)]
+        return out
+
+    wanted, repeated = steps(), list[int]()
+
+    def recorded(tensors: list[Tensor], start: list[Tensor], spec: str) -> Any:
+        plan = ops.plan_of(spec)
+
+        def repeat(given: dict[str, Tensor], memories: dict[str, Tensor]) -> Any:
+            repeated.append(1)
+            whole = {n: given[n][:, None] if n in drawn.per_token else given[n] for n in plan.inputs}
+            return plan.forward.executable.launch(whole, {n: m.reshape(s.shape) for (n, m), s in zip(memories.items(), start)}, plan.chunk)
+
+        return repeat
+
+    monkeypatch.setattr(lsmc.api, "_STEPS", {})
+    monkeypatch.setattr(lsmc.api, "_likeness", lambda *given: given[0])
+    monkeypatch.setattr(ops, "recorded", recorded)
+    for x, y in zip(steps(), wanted, strict=True):
+        assert x.shape == y.shape and torch.equal(x, y)
+    assert len(repeated) == 2

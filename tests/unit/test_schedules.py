@@ -17,6 +17,7 @@ from lsmc.canonical import Canonical
 from lsmc.chunk import derive
 from lsmc.factors import hoist
 from lsmc.ir import Op, Program
+from lsmc.lowering.plan import able, ranking
 from lsmc.pipeline import TYPICAL, Options, compile_plan
 from lsmc.schedules import CUTS, Cut, Shape, choose
 from lsmc.schedules.cost import cost
@@ -132,6 +133,20 @@ def test_the_choice_is_the_cheapest_and_prints_its_reasons(program: Program, sha
         (line,) = (x for x in text if x.split()[:1] == [schedule.name])
         assert " us: " in line
         assert all(kernel.name in line for kernel in schedule.kernels)
+
+
+def test_few_tokens_without_gradients_are_walked_through_in_one_launch() -> None:
+    """One token of every method that has kernels, but for a backward program; and no thousands, where chunks are products of tiles."""
+    pytest.importorskip("triton")
+
+    def walks(program: Program, tokens: int) -> list[bool]:
+        shape = Shape(1024, tokens, 128, 128, 16)
+        return [k.walks for k in choose(program, tuple(CUTS.values()), shape, rank=ranking("triton")).schedule.kernels]
+
+    for op, forward, backward in zip(lsmc.zoo.METHODS, ZOO[::2], ZOO[1::2], strict=True):
+        if able("triton", forward) == "triton":
+            assert walks(forward, 1) == [True] and not any(walks(backward, 1)), op.name
+            assert op.canonical.matrix or op.canonical.block or not any(walks(forward, 4096)), op.name
 
 
 def test_an_asked_for_schedule_is_taken() -> None:

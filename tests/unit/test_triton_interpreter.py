@@ -25,11 +25,13 @@ from tests.interpreted import OWN, Job, Workers, workers
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
 ABLE = tuple(m for m in zoo.METHODS if able("triton", derive(m.canonical)) == "triton")
-METHODS = tuple(m.name for m in ABLE if not m.canonical.matrix and m.canonical.block is None)
+PAIRS = tuple(m.name for m in ABLE if m.canonical.rows == "F")
+METHODS = tuple(m.name for m in ABLE if not m.canonical.matrix and m.canonical.block is None and m.name not in PAIRS)
 WALKS = tuple(m.name for m in ABLE if m.canonical.matrix)
 EVERY = (*METHODS, *(pytest.param(n, marks=pytest.mark.slow) for n in WALKS))
 """Kernels that go from token to token have tests of their own; --slow gives them the others as well."""
 GATED = [n for n in METHODS if getattr(zoo, n).canonical.decay_k is not None]
+CHUNKS = [s for s in CUTS if s != "walk"]
 EXAMPLES = int(os.environ.get("LSMC_EXAMPLES", "8"))
 SMALL = Case(batch=1, time=37, heads=1, groups=2, key_dim=5, value_dim=3, chunk=16, initial_state=True, scale=0.5)
 
@@ -80,12 +82,45 @@ def test_memories_that_chunks_do_not_move_affinely_equal_the_recurrence(interpre
         Job("ttt_ln_sequential", dataclasses.replace(norm, time=2), "fused"))
 
 
+@pytest.mark.parametrize("name", PAIRS)
+def test_memories_over_pairs_equal_the_recurrence(interpreter: Workers, name: str) -> None:
+    """K rows of pairs for each program; packed sequences; what is kept for the backward, and what it makes again itself."""
+    packed = dataclasses.replace(SMALL, groups=1, time=24, key_dim=3, value_dim=17, cuts=(0, 4, 4, 21))
+    half = dataclasses.replace(SMALL, groups=1, time=17, key_dim=4, initial_state=False)
+    for seen in interpreter.run(Job(name, SMALL, "fused", layout="strided"), Job(name, packed, "two_pass", alone=True),
+                                Job(name, half, "segments", "float16", gates="float32")):
+        assert len(seen) >= 5
+
+
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "s4" else n for n in WALKS])
 def test_walks_through_tokens_equal_the_recurrence(interpreter: Workers, name: str) -> None:
     """A whole sequence, and packed ones that end inside a group of tokens, with one token or none, in several blocks of V."""
     packed = dataclasses.replace(SMALL, groups=1, time=23, key_dim=3, value_dim=33, cuts=(0, 4, 5, 5))
     for seen in interpreter.run(Job(name, SMALL, "fused", layout="strided"), Job(name, packed, "two_pass")):
         assert len(seen) >= 5
+
+
+STEPS = (*(n for n in METHODS if n in ("gfw", "gateloop", "kda", "titans")), "ttt_ln", "s4_complex", "bent, in short blocks")
+"""Decays on both sides, turns, reads, momentum; norms over V, entries that turn, blocks that end within a call."""
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
+def test_memories_held_from_token_to_token_equal_the_recurrence(interpreter: Workers, dtype: str) -> None:
+    """Output and final state without gradients: several blocks of V, one token, and packed sequences, one of them empty."""
+    case = dataclasses.replace(SMALL, time=9, key_dim=6, value_dim=6)
+    cases = [case, dataclasses.replace(case, time=1, batch=2, value_dim=70), dataclasses.replace(case, time=11, groups=1, cuts=(0, 4, 4))]
+    jobs = [(n, cases[i % 3]) for i, n in enumerate(STEPS)]
+    jobs = [(n, dataclasses.replace(c, value_dim=6) if n == "ttt_ln" else c) for n, c in jobs]
+    for seen in interpreter.run(*(Job(n, c, "walk", dtype, "strided", learns=False) for n, c in jobs)):
+        assert len(seen) >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [m.name for m in ABLE])
+def test_memories_of_every_method_held_from_token_to_token_equal_the_recurrence(interpreter: Workers, name: str) -> None:
+    case = dataclasses.replace(SMALL, time=18, key_dim=6, value_dim=6, groups=1)
+    jobs = [dataclasses.replace(case, **to) for to in ({}, {"initial_state": False}, {"time": 21, "cuts": (0, 4, 4), "groups": 2}, {"time": 1})]
+    interpreter.run(*(Job(name, c, "walk", learns=False) for c in jobs))
 
 
 WALKED = [Wider("that turns", "tanh", "gated"), Wider("of vectors", "tanh", "bonus"), Wider("that turns beside V", readout="before"),
@@ -131,10 +166,10 @@ def test_padding_of_k_and_v_never_leaks(interpreter: Workers, drawn: Drawn) -> N
 def test_kernels_of_drawn_declarations_equal_the_recurrence(
         interpreter: Workers, drawn: Drawn, size: tuple[int, int], time: int, gates: str, groups: int, state: bool,
         cuts: tuple[int, ...], turn: int) -> None:
-    """A schedule of whole scans and one of segments; the other two in turn."""
+    """A schedule of whole scans and one of segments, the other two in turn; and the recurrence itself, token by token."""
     case = Case(time=time, groups=groups, key_dim=size[0], value_dim=size[1], chunk=16, gates=gates, initial_state=state,
                 cuts=cuts, seed=size[0])
-    interpreter.run(*(Job(drawn, case, s) for s in list(CUTS)[turn::2]))
+    interpreter.run(*(Job(drawn, case, s) for s in CHUNKS[turn::2]), Job(drawn, case, "walk", learns=False))
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -30,8 +30,10 @@ WALKS = tuple(n for n in METHODS if getattr(zoo, n).canonical.matrix)
 """Whose kernels go from token to token: few states for each of many channels, no products of tiles."""
 SLOW = ("kda", "gated_deltanet")
 """Their largest kernels take ptxas half a minute: these come first."""
-RARE = ("titans", "titans_plain", "gfw", "gateloop", "gateloop_real", "s4", "s4_complex", "gfw_full", "ttt_ln", "ttt_ln_sequential")
+RARE = ("titans", "titans_plain", "gfw", "gateloop", "gateloop_real", "s4", "s4_complex", "gfw_full", "ttt_ln", "ttt_ln_sequential", "rebased")
 """Left to --slow: variants, and what takes ptxas long."""
+STEPS = ("kda",)
+"""Whose steps are compiled without --slow."""
 SEGMENTS = ("deltanet",)
 """Whose scans in segments are compiled without --slow: one of each way to combine them."""
 
@@ -41,7 +43,7 @@ def measure(name: str, direction: str, schedule: str, dtype: str) -> list[Any]:
     from lsmc.lowering.offline import resources
 
     plan = compile_plan(getattr(zoo, name).canonical, Options(schedule=None if schedule == "chosen" else schedule, target="triton",
-                                                                 fresh=True))
+                                                                 fresh=schedule != "walk"))
     executable: Any = getattr(plan, direction).executable
     if "segments" in schedule:
         executable.kernels = tuple(k for k in executable.kernels if k.kernel.part) or executable.kernels
@@ -108,6 +110,15 @@ def test_kernels_that_are_chosen_by_default_fit_the_gpu(
     assert not over, f"cannot launch: {over}"
     assert any(r.wgmma for r in found) or name in WALKS, "bfloat16 products belong on the matrix units"
     assert not any(r.spills > 256 for r in found) or name not in WALKS, "memories of a group of tokens fit into registers"
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("name", "direction", "schedule", "dtype"),
+                         [pytest.param(n, "forward", "walk", "bf16", id=n, marks=[pytest.mark.slow] * (n not in STEPS)) for n in METHODS])
+def test_a_step_holds_its_memories_in_registers(compiles: Compiles, name: str, direction: str, schedule: str, dtype: str) -> None:
+    """One kernel without spills, of which a multiprocessor holds two or more; one, if it has all columns."""
+    (r,) = compiles.start(name, direction, schedule, dtype).result()
+    assert r.spills == 0 and r.registers * r.warps <= (1024 if r.warps < 16 else 2048) and r.shared <= H200.shared_bytes // 2, str(r)
 
 
 @pytest.mark.slow

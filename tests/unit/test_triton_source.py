@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 
 from lsmc import zoo
+from lsmc.adjoint import differentiate
 from lsmc.chunk import derive
+from lsmc.factors import hoist
 from lsmc.lowering.plan import able
 from lsmc.lsm import LSM
 from lsmc.pipeline import Options, compile_plan
-from lsmc.schedules import CUTS
+from lsmc.schedules import CUTS, two_pass
 from tests.declarations import Drawn
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
@@ -76,11 +78,25 @@ def test_offsets_reach_beyond_2_to_the_31(method: LSM) -> None:
 
 @pytest.mark.parametrize("method", DECLARATIONS, ids=lambda m: m.name)
 def test_sizes_that_change_between_calls_compile_no_kernel_anew(method: LSM) -> None:
-    """T, and what follows from it, are arguments that Triton does not specialise for values such as 1 and 16."""
+    """T, and what follows from it, are arguments that Triton does not specialise for values such as 1 and 16: but for a walk, whose
+    call of one token is code of its own."""
     for source in sources(method):
         for function in (n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef)):
             runtime = {a.arg for a in function.args.args if a.annotation is None} & SIZES
             keyword = function.decorator_list[0].keywords[0]  # type: ignore[attr-defined]
             assert keyword.arg == "do_not_specialize"
-            assert runtime <= set(ast.literal_eval(keyword.value)), function.name
+            free = {"T"} if function.name.endswith("_tokens") else set()
+            assert runtime == free | set(ast.literal_eval(keyword.value)), function.name
             assert "T" in runtime
+
+
+@pytest.mark.parametrize("method", DECLARATIONS, ids=lambda d: d.name)
+def test_the_gradients_of_keys_and_of_values_share_one_product_at_most(method: LSM) -> None:
+    """Queries by keys: any other that both kernels over chunks took would be half of its work done again."""
+    from lsmc.lowering.backends.triton_cut import pieces
+    from lsmc.lowering.backends.triton_sums import gather
+
+    program = gather(hoist(differentiate(derive(method.canonical))))
+    made = {p.split: {op.id for op in program.ancestors(p.roots(program), p.known) if op.kind == "matmul"}
+            for p in pieces(program, two_pass(program)) if not p.kernel.carries}
+    assert len(made.get("K", set()) & made.get("V", set())) <= 1

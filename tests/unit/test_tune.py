@@ -123,9 +123,11 @@ def test_the_fastest_is_chosen_but_for_noise(times: list[float], default: int) -
         assert chosen == min(found, key=lambda c: (found[c], c))
 
 
-def test_a_method_without_kernels_is_refused_by_name() -> None:
-    with pytest.raises(LsmConfigError, match="rebased: has no kernels"):
-        tuning.run(["rebased"], dry_run=True)
+def test_a_method_without_kernels_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("from lsmc import LSM, M, k, outer, pairs, q, v\n"
+                                     "own = LSM('own', update=outer(pairs(k), v - pairs(k) @ M), readout=pairs(q) @ M)\n")
+    with pytest.raises(LsmConfigError, match="own.py:own: has no kernels"):
+        tuning.run([f"{tmp_path}/own.py:own"], dry_run=True)
 
 
 @pytest.mark.parametrize("name", [name for name in zoo.names() if tuning._has_kernels(name)])
