@@ -165,16 +165,17 @@ class Spread:
 
     def _share_together(self) -> None:
         """One message for the gradients of all small inputs of a type: a message costs its latency, whatever is in it."""
-        found: dict[torch.dtype, list[Node]] = {}
+        found: dict[torch.dtype, dict[Node, Node]] = {}
         for node in self.writer.graph.nodes:
-            if node.target is torch.ops.lsmc.shared.default and node.args[1] == self.axis.group and _given(node.args[0]):
-                if example(node).requires_grad and example(node).numel() <= SMALL:
-                    found.setdefault(example(node).dtype, []).append(node)
+            if node.target is torch.ops.lsmc.shared.default and node.args[1] == self.axis.group:
+                (given,) = node.all_input_nodes
+                if _given(given) and example(node).requires_grad and example(node).numel() <= SMALL:
+                    found.setdefault(example(node).dtype, {})[node] = given
         self.writer.origin = None
         for nodes in (nodes for nodes in found.values() if len(nodes) > 1):
-            last = max(node.args[0] for node in nodes)
+            last = max(nodes.values())
             with self.writer.graph.inserting_before(next(n for n in self.writer.graph.nodes if n > last and n.op != "placeholder")):
-                made = collectives.shared_all([self.writer.proxy(node.args[0]) for node in nodes], self.axis)
+                made = collectives.shared_all([self.writer.proxy(given) for given in nodes.values()], self.axis)
                 pieces = [made[i].node for i in range(len(nodes))]
             for node, piece in zip(nodes, pieces):
                 node.replace_all_uses_with(piece)
@@ -364,9 +365,9 @@ class Spread:
         return LsmMeshError(f"axis {self.axis.name!r} splits {AXES[self.axis.name]}, and {name_of(node)} {why}{place}")
 
 
-def _given(node: Any) -> bool:
+def _given(node: Node) -> bool:
     """Whether a value is an input, as it came or as one of several that are shared together."""
-    return node.op == "placeholder" or (name_of(node) == "getitem" and name_of(node.args[0]) == "lsmc.shared_all")
+    return node.op == "placeholder" or (name_of(node) == "getitem" and name_of(node.all_input_nodes[0]) == "lsmc.shared_all")
 
 
 def _shown(node: Node) -> str:
