@@ -39,6 +39,8 @@ def mild(program: Program) -> tuple[Program, dict[int, int]]:
             new[op.id] = together(b, args) or b.add(*args)
         elif op.kind == "map":
             new[op.id] = b.map(*_shared(b, program, op, args, decays))
+        elif op.kind == "sum":
+            new[op.id] = b.sum(args[0], op.attr("axis"))
         else:
             new[op.id] = b.emit(op.kind, op.dims, *args, **dict(op.attrs))
     return program.rebuilt(b.ops, new), new

@@ -136,7 +136,8 @@ def test_the_choice_is_the_cheapest_and_prints_its_reasons(program: Program, sha
 
 
 def test_few_tokens_without_gradients_are_walked_through_in_one_launch() -> None:
-    """One token of every method that has kernels, but for a backward program; and no thousands, where chunks are products of tiles."""
+    """One token of every method that has kernels and no rows of pairs, but for a backward program; and no thousands, where chunks
+    are products of tiles."""
     pytest.importorskip("triton")
 
     def walks(program: Program, tokens: int) -> list[bool]:
@@ -144,7 +145,7 @@ def test_few_tokens_without_gradients_are_walked_through_in_one_launch() -> None
         return [k.walks for k in choose(program, tuple(CUTS.values()), shape, rank=ranking("triton")).schedule.kernels]
 
     for op, forward, backward in zip(lsmc.zoo.METHODS, ZOO[::2], ZOO[1::2], strict=True):
-        if able("triton", forward) == "triton":
+        if able("triton", forward) == "triton" and op.canonical.rows != "F":
             assert walks(forward, 1) == [True] and not any(walks(backward, 1)), op.name
             assert op.canonical.matrix or op.canonical.block or not any(walks(forward, 4096)), op.name
 

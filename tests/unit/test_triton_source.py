@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+from collections import Counter
 from functools import cache
 from typing import Any
 
@@ -13,6 +14,7 @@ from lsmc import zoo
 from lsmc.adjoint import differentiate
 from lsmc.chunk import derive
 from lsmc.factors import hoist
+from lsmc.ir import Builder
 from lsmc.lowering.plan import able
 from lsmc.lsm import LSM
 from lsmc.pipeline import Options, compile_plan
@@ -100,3 +102,18 @@ def test_the_gradients_of_keys_and_of_values_share_one_product_at_most(method: L
     made = {p.split: {op.id for op in program.ancestors(p.roots(program), p.known) if op.kind == "matmul"}
             for p in pieces(program, two_pass(program)) if not p.kernel.carries}
     assert len(made.get("K", set()) & made.get("V", set())) <= 1
+
+
+@pytest.mark.parametrize("method", DECLARATIONS, ids=lambda d: d.name)
+def test_what_is_subtracted_from_one_another_is_rounded_alike(method: LSM) -> None:
+    """A factor that running sums take as the matrix units got it enters the sums over all rows, less which they are, as they
+    did: where decays are strong, a gradient is the small rest of both."""
+    from lsmc.lowering.backends.triton_mild import mild
+    from lsmc.lowering.backends.triton_sums import gather, product
+
+    program, _ = mild(gather(hoist(differentiate(derive(method.canonical)))))
+    b = Builder(program.ops)
+    rounded = [Counter(product(b, op.args[0])[1]) for op in program.ops if op.kind == "round"]
+    for op in program.ops:
+        if op.kind == "sum" and op.attr("axis") == 0:
+            assert not any(pair <= Counter(product(b, op.args[0])[1]) for pair in rounded), op
