@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -134,6 +136,10 @@ def call(declaration: LSM, *, initial_state: State | None = None, return_final_s
     return o, _state(ends, states)
 
 
+def _finite(scale: Any) -> bool:
+    return isinstance(scale, Real) and math.isfinite(scale)
+
+
 def _prepared(declaration: LSM, inputs: Mapping[str, Any], initial_state: State | None, cu_seqlens: Tensor | None, scale: float,
               chunk: int | None, schedule: str | None) -> tuple[list[Tensor], list[Tensor], str]:
     """The inputs in order and the memories as the operator takes them, and the plan's key, after all checks."""
@@ -145,6 +151,9 @@ def _prepared(declaration: LSM, inputs: Mapping[str, Any], initial_state: State 
             sizes = (TYPICAL.sequences, 1, TYPICAL.key, TYPICAL.value)
     else:
         tensors, n = checks.bind(declaration.canonical, inputs, initial_state=initial_state, cu_seqlens=cu_seqlens)
+        if not _finite(scale):
+            raise LsmOptionError(f"scale={scale!r} is no finite number", where=here(),
+                                 help="pass a float; multiply q by a tensor instead")  # fmt: skip
         sizes = (_class(n.B * n.HV), _class(n.T), _class(n.K), _class(n.V))
     device = tensors[names[0]].device.type
     if torch.is_autocast_enabled(device):
@@ -276,12 +285,14 @@ _STEPS: dict[tuple[object, ...] | None, _Step] = {}
 
 def _likeness(key: str, scale: float, inputs: Mapping[str, Any], state: State | None) -> tuple[object, ...] | None:
     """What two steps have in common that are launched alike; None for those that are not recorded: on other devices than GPUs, with
-    derivatives, under autocast, where modes look at operators, of memories that are not float32, of rows with gaps that all heads
-    share."""
+    derivatives, under autocast, where modes look at operators, of views that negate, of memories that are not float32, of rows with
+    gaps that all heads share."""
     memories = () if state is None else tuple(state) if isinstance(state, tuple | list) else (state,)
     named = {n: x for n, x in inputs.items() if x is not None}
     given = (*named.values(), *memories)
-    if not all(type(x) in (Tensor, Parameter) and x.is_cuda for x in given) or any(x.dtype != torch.float32 for x in memories):
+    if not all(type(x) in (Tensor, Parameter) and x.is_cuda and not x.is_neg() for x in given):
+        return None
+    if any(x.dtype != torch.float32 for x in memories):
         return None
     if torch.is_grad_enabled() and any(x.requires_grad for x in given) or torch.is_autocast_enabled("cuda") or watched():
         return None

@@ -89,6 +89,9 @@ def bind(
                 f"{name!r} has dtype {value.dtype}; methods compute in float64, float32, bfloat16 or float16", where=here(),
                 help=f"pass {name}.float()",
             )  # fmt: skip
+        if value.layout is not torch.strided:
+            raise LsmDtypeError(f"{name!r} has the layout {value.layout}, not torch.strided", where=here(),
+                                help=f"pass {name}.to_dense()")  # fmt: skip
 
     found: dict[str, tuple[int, str]] = {}  # size → (value, the input that fixed it)
     for name, symbol in known.items():

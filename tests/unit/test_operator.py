@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -367,6 +368,7 @@ MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], object], type[errors.LsmErr
     "heads": (lambda a: a.update(q=a["q"][:, :, :1]), errors.LsmShapeError, "'k'"),
     "integers": (lambda a: a.update(v=a["v"].long()), errors.LsmDtypeError, "'v'"),
     "no tensor": (lambda a: a.update(beta=0.5), errors.LsmDtypeError, "'beta'"),
+    "sparse": (lambda a: a.update(v=a["v"].to_sparse()), errors.LsmDtypeError, "'v' has the layout"),
     "device": (lambda a: a.update(g=a["g"].to("meta")), errors.LsmDtypeError, "several devices"),
     "state's shape": (lambda a: a.update(initial_state=torch.zeros(2, 4, 6, 5)), errors.LsmShapeError, "initial_state"),
     "state's device": (lambda a: a.update(initial_state=torch.zeros(2, 4, 5, 6, device="meta")), errors.LsmDtypeError, "several devices"),
@@ -378,6 +380,9 @@ MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], object], type[errors.LsmErr
     "offsets elsewhere": (lambda a: (one_sequence(a, 0, 3), a.update(cu_seqlens=a["cu_seqlens"].to("meta"))), errors.LsmDtypeError, "several devices"),
     "chunk": (lambda a: a.update(chunk=48), errors.LsmOptionError, "powers of two"),
     "schedule": (lambda a: a.update(schedule="fastest"), errors.LsmOptionError, "two_pass"),
+    "scale": (lambda a: a.update(scale="a"), errors.LsmOptionError, "scale='a'"),
+    "no finite scale": (lambda a: a.update(scale=math.nan), errors.LsmOptionError, "scale=nan"),
+    "scale in a tensor": (lambda a: a.update(scale=torch.tensor(2.0)), errors.LsmOptionError, "scale="),
 }  # fmt: skip
 
 
@@ -426,3 +431,11 @@ def test_a_step_like_an_earlier_one_repeats_its_launch_on_what_it_is_given(op: L
     for x, y in zip(steps(), wanted, strict=True):
         assert x.shape == y.shape and torch.equal(x, y)
     assert len(repeated) == 2
+
+
+def test_views_that_negate_are_no_recorded_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their numbers in memory have the other sign, which a launch alone does not know."""
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    q = torch.randn(2, 4, 5, dtype=torch.complex64).conj().imag
+    alike = [lsmc.api._likeness(lsmc.zoo.retnet.key, 1.0, {"q": x, "k": x, "v": x}, None) for x in (q, q.neg())]
+    assert q.is_neg() and alike[0] is None and alike[1] is not None
