@@ -112,10 +112,10 @@ def _exchanges(ranks: Any, stage: str | None) -> None:
         table = Table(box=None, pad_edge=False, title_justify="left", title=escape(title))
         for column in header:
             numbers = "bytes" in column or column in ("times", "ranks")
-            table.add_column(column, no_wrap=column != "of" and len(column) < 20, justify="right" if numbers else "left")
+            table.add_column(column, no_wrap=True, justify="right" if numbers else "left")
         for row in rows:
             table.add_row(*map(escape, row))
-        _console().print(table)
+        _show(table)
 
 
 def scaling(

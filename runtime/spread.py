@@ -195,6 +195,8 @@ class Spread:
             size = ops.extents(ops.plan_of(str(node.args[3])), [example(n) for n in given])
             known = {bt: found for bt, found in leading.items() if bt[0] % size.batch == 0 and bt[1] == size.tokens}
             leading = known or leading
+            if self.dim == 0 and node.args[2] is not None:
+                raise self.refused(node, "has packed sequences (cu_seqlens), which are one batch: axis 'sp' splits them")
         what = AXES[self.axis.name]
         if not leading:
             raise LsmMeshError(f"no argument of the model holds {what}, which axis {self.axis.name!r} splits",
@@ -625,8 +627,6 @@ def experts(s: Spread, node: Node, x: Value, weights: Value, index: Value, w_in:
 
 def batched(s: Spread, node: Node, inputs: Sequence[Value], start: Sequence[Value], cu_seqlens: Any, spec: str) -> Any:
     """An LSM operator whose sequences are dealt out."""
-    if cu_seqlens is not None:
-        raise s.refused(node, "has packed sequences (cu_seqlens), which are one batch")
     places = {split for v in (*inputs, *start) if (split := s.of(v)) is not None}
     if len(places) != 1 or (split := places.pop()) != Split(0, split.size):
         raise s.refused(node, "goes along the dimension that holds them")

@@ -172,7 +172,8 @@ def check_replicas(mesh: DeviceMesh, wrap: Callable[[nn.Module, DeviceMesh], nn.
     model = small("gla", "LN")
     own, tokens = copy.deepcopy(model), [text(1, 16, seed=i) for i in range(mesh["dp"].size())]
     torch._dynamo.reset()
-    wrap(lsmc.compile(own, mesh=mesh["sp"]), mesh["dp"])(*tokens[mesh.get_local_rank("dp")]).total.backward()
+    replica = wrap(lsmc.compile(own, mesh=mesh["sp"]), mesh["dp"])  # lives through the backward pass: DDP averages as long as it does
+    replica(*tokens[mesh.get_local_rank("dp")]).total.backward()
     sum(model(*each).total / len(tokens) for each in tokens).backward()
     for (name, p), r in zip(own.named_parameters(), model.parameters(), strict=True):
         grad = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad

@@ -83,7 +83,7 @@ def test_explain_counts_what_ranks_exchange(capsys: pytest.CaptureFixture[str]) 
     status, out, _ = run(capsys, *"explain bla --mesh sp=2 --pattern L --batch 2 --tokens 16".split())
     assert status == 0
     rows = [" ".join(line.split()) for line in out.splitlines()]
-    assert any(row.startswith("sp") and row.count("65,536") == 2 and "all-gather" in row for row in rows), out
+    assert any(row.startswith("sp memories of bla 1 all-gather 65,536") and row.count("65,536") == 2 for row in rows), out
     status, _, err = run(capsys, *"explain bla --mesh cp=2".split())
     assert status == 1
     assert "'cp=2' is no axis with its size" in err

@@ -221,6 +221,14 @@ def test_heads_that_ranks_cannot_share_are_refused_by_name(sp: DeviceMesh, graph
     assert not graphs
 
 
+def test_packed_sequences_are_no_batch_to_deal_out(sp: DeviceMesh, graphs: list[GraphModule]) -> None:
+    mesh = init_device_mesh("cpu", (RANKS,), mesh_dim_names=("dp",))
+    inputs = sample(lsmc.zoo.gla, Case(batch=1, time=8, key_dim=2, value_dim=2)).inputs
+    with pytest.raises(LsmMeshError, match=r"axis 'dp' splits the batch, and lsmc.fwd has packed sequences \(cu_seqlens\)"):
+        lsmc.compile(lambda x, ends: lsmc.zoo.gla(**x, cu_seqlens=ends), mesh=mesh)(inputs, torch.tensor([0, 3, 8]))
+    assert not graphs
+
+
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
