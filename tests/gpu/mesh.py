@@ -292,7 +292,7 @@ def steps(mesh: str, small: bool, fsdp: bool, sequences: int) -> Iterator[dict[s
 
     step()
     row = {"part": "steps", "mesh": (mesh or "one") + " fsdp" * fsdp, "sequences": batch, "length": length, "parameters": count}
-    row |= measured(step, 5) | exchanged(step) | {"compile_s": round(COMPILED[-1] - began, 1), "losses": [round(x.item(), 4) for x in losses[:3]]}
+    row |= measured(step, 5) | exchanged(step) | {"compile_s": round(COMPILED[-1] - began, 1), "losses": [round(x.item(), 4) for x in losses[:8]]}
     yield row | {"tokens_per_s_per_gpu": round(batch * length / row["ms"] * 1e3 / WORLD)}
 
 
