@@ -25,7 +25,7 @@ from lsmc.schedules import Kernel, Schedule
 from lsmc.schedules.order import order
 
 TILES = ("exp", "power", "beside", "across", "total", "diagonal", "keep", "dot", "exact_dot", "running", "later", "cumsum", "lower",
-         "column", "alike", "between", "between_grad", "inverse", "mild", "form_p", "form_x", "form_y", "form_gate", "form_all")
+         "column", "between", "between_grad", "inverse", "mild", "form_p", "form_x", "form_y", "form_gate", "form_all")
 NAMED = "KVF"
 SIZE = {"T": "C", "K": "BK", "V": "BV", "F": "BK", "1": "1"}
 EXTENT = {"T": 64, "K": 128, "V": 128, "F": 128, "1": 1}
@@ -190,7 +190,6 @@ class Writer:
         self.body = body
         self.phases = phases(program, body, piece.known, piece.split or "") if piece.inner else {op.id: 0 for op in body}
         self.scaled, self.traced = self._absorbed()
-        self.divides = any(self._by_columns(op) for op in body)
         self.lines: list[str] = []
         self.indent = 1
         self.suffix = ""  # of names in a loop over blocks
@@ -208,14 +207,6 @@ class Writer:
             self.takes += tuple(program.index[i] for i in sorted(more))
             if how == "first":
                 self.mild.judged = tuple(sorted(new[i] for i in self.decays))
-
-    def _by_columns(self, op: Op) -> bool:
-        """Whether a wide map divides by columns, or takes their roots."""
-        if op.kind != "map" or op.dims[1] == "1":
-            return False
-        columns = {operand(n) for n, i in enumerate(op.args) if self.program.index[i].dims == ("T", "1")}
-        powers = op.attr("expr").atoms(sympy.Pow)
-        return any(p.free_symbols & columns and not (p.exp.is_integer and p.exp.is_positive) for p in powers)
 
     def line(self, text: str) -> None:
         self.lines.append("    " * self.indent + text)
@@ -495,8 +486,6 @@ class Writer:
             self.mild._continue(self)
             w("else:")
             self.indent += 1
-        if self.carries:
-            self._ahead()
         self._values()
         for c in self.carries:
             if not brief(self.program, c):
@@ -520,15 +509,6 @@ class Writer:
         self._values()
         if self.judged:
             self.line("tl.store(_flags + saved, fine)")
-
-    def _ahead(self) -> None:
-        """The columns that a step loads: a few registers, but each would be waited for where it is wanted."""
-        for op in (op for op in (*self.takes, *self.inputs) if op.dims[1] == "1" and op.id not in self.done):
-            if op.id in self.piece.known:
-                self._take(op.id)
-            elif op.attr("role") == "token":
-                self._op(op)
-                self._loaded(op.id)
 
     def _values(self) -> None:
         for phase in sorted({*self.phases.values()}):
@@ -693,21 +673,14 @@ class Writer:
                 traced[op.id] = op.args[0], op.args[1]
         return scaled, traced
 
-    def _take(self, i: int) -> None:
-        """Load what an earlier kernel made."""
-        at, mask = self._tile(self.program.index[i])
-        load = f"tl.load({at}{_masked(mask)})"
-        if self.divides and self.program.index[i].dims == ("T", "1"):
-            load = f"alike(tl.load(tl.broadcast_to({at}, [C, 16])))"
-        self.line(f"{self.v(i)} = {load}")
-        self._loaded(i)
-
     def _op(self, op: Op) -> None:
         if op.id in self.scaled or op.id in self.traced:
             return
         for i in [j for a in op.args if op.kind != "rename" for j in self.scaled.get(a) or self.traced.get(a) or (a,)]:
             if i in self.piece.known and i not in self.done:
-                self._take(i)
+                at, mask = self._tile(self.program.index[i])
+                self.line(f"{self.v(i)} = tl.load({at}{_masked(mask)})")
+                self._loaded(i)
         name = self.v(op.id)
         self.plain[op.id] = name
         match op.kind:
@@ -741,8 +714,6 @@ class Writer:
                 x, y = self.traced[op.args[0]]
                 text = f"tl.sum({self.f(x)} * {self.f(y)}, axis=1, keep_dims=True)"
                 self.line(f"{name} = {text} if DT == tl.float32 else diagonal(dot({self.h(x)}, tl.trans({self.h(y)}), DT))")
-            case "sum" if (number := self._same_number(op)) is not None:
-                self.line(f"{name} = tl.full([1, 1], {number}, tl.float32)")
             case "sum" if self.program.index[op.args[0]].dims == ("T", "1"):
                 self.line(f"{name} = total({self.f(op.args[0])})")
             case "sum":
@@ -775,13 +746,6 @@ class Writer:
                 self._form(op)
             case _:
                 raise AssertionError(f"no Triton source for {op.kind}")
-
-    def _same_number(self, op: Op) -> str | None:
-        """The sum over the columns of a row of one number, which is known before anything runs."""
-        row = self.program.index[op.args[0]]
-        one = self.program.index[row.args[0]] if row.kind == "expand" else row
-        whole = op.attr("axis") == 1 and row.dims in (("1", "K"), ("1", "V")) and row.dims[1] != self.split
-        return f"{float(one.attr('expr'))!r} * {row.dims[1]}" if whole and one.kind == "map" and not one.args else None
 
     def _zero_behind(self, op: Op) -> bool:
         """Rows behind the sequence's end are zero already."""

@@ -264,16 +264,6 @@ def diagonal(p):
 
 
 @triton.jit
-def alike(x):
-    """The column that all columns of a tile are.
-
-    A column as it was loaded is held whole by the threads of a warp, and once something costly is made of it, the compiler
-    lays out what it meets likewise: whole rows in each thread. One that comes from a sum over columns goes where it is wanted.
-    """
-    return tl.max(x.to(tl.float32), axis=1, keep_dims=True)
-
-
-@triton.jit
 def column(x, at):
     """One column of a tile."""
     return tl.sum(tl.where(tl.arange(0, x.shape[1])[None, :] == at, x, 0.0), axis=1, keep_dims=True)
