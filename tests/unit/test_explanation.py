@@ -165,7 +165,8 @@ def test_the_plan_of_ranks_shows_every_message_at_its_place() -> None:
     text = plan(ranks())
     page = Page(text)
     assert page.open == []
-    assert re.findall("<h3>(.*?)</h3>", text) == ["Around the blocks", "blocks.0", "blocks.1, blocks.2", "blocks.3", "In all"]
+    assert re.findall("<h3>(.*?)</h3>", text) == ["Around the blocks", "blocks.0", "blocks.1, blocks.2", "blocks.3", "In all",
+                                                 "On more ranks"]
     found = dict(messages(ranks().module, ranks().axes))
     large = {n: m for n, m in found.items() if m.of != PARAMETERS and m.forward_bytes + m.backward_bytes > SMALL}
     again = [n for n in large if "blocks.1" in str(n.meta["nn_module_stack"])]
