@@ -100,8 +100,10 @@ def resource(compiled: Compiled, k: Emitted, key: int, value: int, chunk: int, d
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
-        report = subprocess.run([used[0], "-v", "--gpu-name=sm_90a", str(path), "-o", str(path) + ".o"],
-                                capture_output=True, text=True, check=True).stderr
+        run = subprocess.run([used[0], "-v", "--gpu-name=sm_90a", str(path), "-o", str(path) + ".o"], capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(f"{used[0]} failed on {k.name} ({run.returncode}): {(run.stderr or run.stdout).strip()[-1000:]}")
+    report = run.stderr
 
     def number(pattern: str) -> int:
         return int((re.search(pattern, report) or [0, 0])[1])

@@ -7,7 +7,8 @@ when its steps are). Then packed sequences with empty ones; and, in bfloat16, ca
 their own sizes. All else runs by the schedule of large sizes, in chunks that compile in seconds: float32 has no matrix units.
 
 Heads are the cases: each type and each range of gates has heads of its own, so that one recurrence serves them all; it runs in
-pieces, from the memories where they start, and back. Kernels see slices of long tensors, so that no length asks for kernels of its
+pieces, from the memories where they start, and back. A call of few tokens has a batch of sequences (`Run.batch`): the gradient of one token's
+query is little more than one number, which may happen to lie near 0. Kernels see slices of long tensors, so that no length asks for kernels of its
 own, and run twice, since calls are recorded and then repeated. A process for each method, with another that compiles its
 float32 kernels meanwhile. `--out` gets a JSON line for each type and length as it comes (agree.jsonl), and the table that is printed
 at the end (agree.txt). Exits with 1 where a case is wrong or fails; what the time did not reach is said.
@@ -56,6 +57,8 @@ PIECE = 64
 """Tokens of the recurrence whose steps are held at once."""
 TOO_LARGE = 1e8
 CUTS = (0, 33, 34, 34, 100)
+FEW, MANY = 16, len(CUTS) + 1
+"""A call of fewer tokens than the first has as many sequences as the second."""
 KINDS = ("output", "state", "gradient", "gate", "row")
 
 
@@ -71,7 +74,7 @@ class Setup:
 
     @property
     def longest(self) -> int:
-        return max(*self.lengths, self.packed, *self.bare)
+        return max(*self.lengths, self.packed, *self.bare, MANY * FEW)
 
 
 TINY = Setup("cpu", ("float16", "float32"), (1, 15, 37), 21, (9,), (16, 16), (4, 3))
@@ -89,6 +92,10 @@ class Run:
     @property
     def pieces(self) -> list[tuple[int, int]]:
         return Case(time=self.time, cuts=CUTS if self.packed else ()).pieces
+
+    @property
+    def batch(self) -> int:
+        return MANY if self.time < FEW and not self.packed else 1
 
     def sequences(self, device: str) -> dict[str, Tensor]:
         ends = [0, *(stop for _, stop in self.pieces)]
@@ -169,11 +176,15 @@ class Subject:
 
     def _given(self, run: Run, every: bool = False) -> tuple[Results, list[Tensor], Tensor, list[Tensor]]:
         """Inputs, memories and cotangents of one type or of every one: all are slices."""
-        many, r = len(run.pieces), len(self.ranges)
+        many, r = run.batch * len(run.pieces), len(self.ranges)
         first, count = (0, r * len(self.setup.dtypes)) if every else (run.dtype * r, r)
-        inputs = self.of({n: x[:, : run.time] if self.fields[n].per == "token" else x for n, x in self.values.items()}, first, count)
+
+        def cut(x: Tensor) -> Tensor:
+            return x[:, : run.time] if run.batch == 1 else x[0, : run.batch * FEW].unflatten(0, (run.batch, FEW))[:, : run.time]
+
+        inputs = self.of({n: cut(x) if self.fields[n].per == "token" else x for n, x in self.values.items()}, first, count)
         starts, ends = ([x[:many].narrow(1, first * GROUPS, count * GROUPS) for x in xs] for xs in (self.starts, self.d_ends))
-        d_o = self.d_o[:, : run.time].narrow(2, first * GROUPS, count * GROUPS)
+        d_o = cut(self.d_o).narrow(2, first * GROUPS, count * GROUPS)
         return inputs, [0 * x for x in starts] if run.bare else starts, d_o, ends
 
     def wanted(self, run: Run) -> Results:
@@ -227,7 +238,7 @@ class Subject:
             """In a tensor of the longest sequence: strides are those of all lengths."""
             x = x.to(dtype)
             if self.fields[n].per == "token":
-                room = x.new_full((1, self.setup.longest, *x.shape[2:]), torch.nan)
+                room = x.new_full((run.batch, self.setup.longest, *x.shape[2:]), torch.nan)
                 room[:, : run.time] = x
                 x = room[:, : run.time]
             return x.detach().requires_grad_()
