@@ -53,6 +53,8 @@ SIZES: dict[str, tuple[int, int]] = {"rebased": (16, 64), "mamba": (16, 96), "s4
 """K and V, where they are not 64 and 64: matrices of decays and pairs of keys."""
 GROUPS = 2
 """Value heads for each key head."""
+HEADS = 4
+"""Key heads of each range of gates where an input comes with heads, one elsewhere: its gradient has as many numbers as heads."""
 PIECE = 64
 """Tokens of the recurrence whose steps are held at once."""
 TOO_LARGE = 1e8
@@ -115,9 +117,10 @@ class Subject:
         self.fields = {f.name: f for f in c.inputs}
         self.ranges = tuple(GATES) if c.decays else tuple(f"draw {n}" for n in range(len(GATES)))
         self.oracle = c.substitute({f: Field(f.name, f.dims, "head") for f in c.inputs if f.per == "layer"})
+        self.heads = HEADS if any(f.per == "head" and not f.dims for f in c.inputs) else 1
         key, value = setup.size or SIZES.get(name, (64, 64))
         count = len(Run(0, setup.packed, packed=True).pieces)
-        base = {"time": setup.longest, "groups": GROUPS, "key_dim": key, "value_dim": value, "scale": 0.5, "initial_state": True}
+        base = {"time": setup.longest, "heads": self.heads, "groups": GROUPS, "key_dim": key, "value_dim": value, "scale": 0.5, "initial_state": True}
         draws = [[sample(self.op, Case(**base, gates=g if c.decays else "typical", seed=100 * d + r), batch=count)
                   for r, g in enumerate(self.ranges)] for d in range(len(setup.dtypes))]
         self.known: dict[tuple[int, bool, bool], Results] = {}
@@ -145,17 +148,17 @@ class Subject:
         return next((i for i, part in enumerate(f.parts) if part in ("H", "HV")), None)
 
     def _heads(self, part: str) -> int:
-        return len(self.setup.dtypes) * len(self.ranges) * (GROUPS if part == "HV" else 1)
+        return len(self.setup.dtypes) * len(self.ranges) * self.heads * (GROUPS if part == "HV" else 1)
 
     def _place(self, name: str) -> tuple[int, int] | None:
         """Of an input or a result: the axis of its heads, and how many each range has; None where all share it."""
         if name == "o":
-            return 2, GROUPS
+            return 2, GROUPS * self.heads
         if name.startswith(("final", "the gradient of state")):
-            return 1, GROUPS
+            return 1, GROUPS * self.heads
         f = self._field(name)
         axis = self._axis(f)
-        return None if axis is None else (axis, GROUPS if f.parts[axis] == "HV" else 1)
+        return None if axis is None else (axis, self.heads * (GROUPS if f.parts[axis] == "HV" else 1))
 
     def _field(self, name: str) -> Field:
         return self.fields[name.removeprefix("the gradient of ")]
@@ -168,7 +171,7 @@ class Subject:
             if place is not None:
                 out[n] = x.narrow(place[0], first * place[1], count * place[1])
             else:
-                out[n] = x.narrow(0, first * GROUPS, count * GROUPS).sum(0) if x.ndim > len(self._field(n).dims) else x
+                out[n] = x.narrow(0, first * GROUPS * self.heads, count * GROUPS * self.heads).sum(0) if x.ndim > len(self._field(n).dims) else x
         return out
 
     def of_type(self, results: Results, dtype: int) -> Results:
@@ -176,15 +179,15 @@ class Subject:
 
     def _given(self, run: Run, every: bool = False) -> tuple[Results, list[Tensor], Tensor, list[Tensor]]:
         """Inputs, memories and cotangents of one type or of every one: all are slices."""
-        many, r = run.batch * len(run.pieces), len(self.ranges)
+        many, r, each = run.batch * len(run.pieces), len(self.ranges), GROUPS * self.heads
         first, count = (0, r * len(self.setup.dtypes)) if every else (run.dtype * r, r)
 
         def cut(x: Tensor) -> Tensor:
             return x[:, : run.time] if run.batch == 1 else x[0, : run.batch * FEW].unflatten(0, (run.batch, FEW))[:, : run.time]
 
         inputs = self.of({n: cut(x) if self.fields[n].per == "token" else x for n, x in self.values.items()}, first, count)
-        starts, ends = ([x[:many].narrow(1, first * GROUPS, count * GROUPS) for x in xs] for xs in (self.starts, self.d_ends))
-        d_o = cut(self.d_o).narrow(2, first * GROUPS, count * GROUPS)
+        starts, ends = ([x[:many].narrow(1, first * each, count * each) for x in xs] for xs in (self.starts, self.d_ends))
+        d_o = cut(self.d_o).narrow(2, first * each, count * each)
         return inputs, [0 * x for x in starts] if run.bare else starts, d_o, ends
 
     def wanted(self, run: Run) -> Results:
