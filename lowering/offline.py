@@ -100,7 +100,8 @@ def resource(compiled: Compiled, k: Emitted, key: int, value: int, chunk: int, d
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
-        run = subprocess.run([used[0], "-v", "--gpu-name=sm_90a", str(path), "-o", str(path) + ".o"], capture_output=True, text=True)
+        command = [used[0], "-v", "--gpu-name=sm_90a", str(path), "-o", str(path) + ".o"]
+        run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
         raise RuntimeError(f"{used[0]} failed on {k.name} ({run.returncode}): {(run.stderr or run.stdout).strip()[-1000:]}")
     report = run.stderr
