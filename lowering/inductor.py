@@ -66,6 +66,11 @@ OVERLAP: dict[str, Any] = {
 }
 """How Inductor orders a graph with collectives: they start as soon as they can, and are waited for as late as possible."""
 
+SOUND: dict[str, Any] = {"triton.mix_order_reduction": False}
+"""What Inductor gets wrong in a graph with collectives (torch 2.11 and 2.13, on GPUs): a sum over rows that it fuses with
+sums of rows becomes a new tensor, even where it was to be a piece of a `cat`, which is then sent with whatever was in its memory.
+Gradients that go in one message are such pieces: those of norms over thousands of tokens were lost, without a word."""
+
 PASSES: dict[str, Pass] = {"find": find, "absorb": absorb, "drop_unused_states": drop_unused_states}
 
 
@@ -88,7 +93,7 @@ def compile_graph(module: GraphModule, example_inputs: Sequence[Any], disable: S
             return _raising(error)
         for change in changes or ["nothing to change"]:
             log.info("%s: %s", name, change)
-    patches = {**(OVERLAP if inserted else {}), **list_mode_options(mode), **(options or {})}
+    patches = {**({**OVERLAP, **SOUND} if inserted else {}), **list_mode_options(mode), **(options or {})}
     return compile_fx(module, list(example_inputs), config_patches=patches or None)
 
 

@@ -1,6 +1,7 @@
 """The parallel plans on GPUs: `torchrun --nproc-per-node 2 tests/gpu/mesh.py PART … [--out FILE]`; started alone, on one GPU.
 
-    agree   loss and gradients on a mesh beside those of one GPU, float32 and bf16: the tiny hybrid, one attention layer of A0.3B-2B
+    agree   loss and gradients on a mesh beside those of one GPU, float32 and bf16: the tiny hybrid, one attention layer of A0.3B-2B, and
+            two layers of its width (wide): kernels of large sizes are others
     layers  one LSM and one attention layer of A0.3B-2B over `sp`: time, memory of a rank, collectives and how much of them is hidden
     steps   a training step of A0.3B-2B (LLLNLLLNLLLN), 8 × 2048 tokens a GPU: tokens per second
     all     all of them, on one GPU and over `--ranks`: started alone, it starts a process a rank for each, which compile at the same time;
@@ -116,11 +117,15 @@ def ratio(found: Tensor, wanted: Tensor) -> float:
 
 def agree(mesh: str, small: bool, kinds: list[str], types: list[str]) -> Iterator[dict[str, Any]]:
     """Against one GPU in float32: the errors of the mesh beside those of one GPU in the same type."""
-    tokens, targets = torch.randint(0, 256, (2, 4, 64 if small else 1024), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     for kind in kinds:
+        length = 64 if small else 4096 if kind == "wide" else 1024
+        tokens, targets = torch.randint(0, 256, (2, 4, length), generator=torch.Generator().manual_seed(0)).to(DEVICE)
         torch.manual_seed(0)
         if kind == "attention":
             model, given = Layer(kind, small).to(DEVICE), (torch.randn(1, 64 if small else 4096).to(DEVICE),)
+        elif kind == "wide":
+            size = config("tiny" if small else "a0.3b-2b", lsm="bla", pattern="LN", vocabulary=256, moe={} if small else {"experts": 8})
+            model, given = HybridMoE(size).to(DEVICE), (tokens, targets)
         else:
             model, given = HybridMoE(config("tiny", lsm=kind, pattern="LN" if small else "LLLN")).to(DEVICE), (tokens, targets)
 
@@ -352,6 +357,8 @@ def jobs(n: int, lengths: list[int]) -> Iterator[Job]:
         for t in lengths:
             for mesh in (f"--mesh sp={n}", ""):
                 yield Job(f"{kind} {t} {mesh}", f"layers --kinds {kind} --tokens {t} {mesh}", n if mesh else 1, 40)
+    for axis in ("tp", "sp", "dp"):
+        yield Job(f"wide bfloat16 {axis}", f"agree --kinds wide --types bfloat16 --mesh {axis}={n}", n, 300, turn=False)
     for types in ("bfloat16", "float32"):
         for kind in ("attention", "gla", "gated_deltanet"):
             for axis in ("sp", "tp"):
