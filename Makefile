@@ -35,8 +35,8 @@ $(STAMP):
 demo: $(STAMP)  ## compile a method, train a small hybrid on real text, write a report (about 5 minutes)
 	@$(BIN)/python -m lsmc.runtime.demo $(ARGS)
 
-test: $(STAMP)  ## run the tests (ARGS="-k name" selects, ARGS=--slow adds the slow ones)
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP)  ## run the tests, a process per core (ARGS="-k name" selects, ARGS=--slow adds the slow ones, ARGS=-n0 runs one process)
+	@$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 check: $(STAMP)  ## ruff, mypy (strict on lsmc/), import order
 	@$(BIN)/ruff check .

@@ -122,25 +122,28 @@ def fwd(inputs: Sequence[Tensor], start: Sequence[Tensor], cu_seqlens: Tensor | 
 
 @triton_op("lsmc::bwd", mutates_args={})
 def bwd(inputs: Sequence[Tensor], start: Sequence[Tensor], cu_seqlens: Tensor | None, d_o: Tensor,
-        d_end: Sequence[Tensor], kept: Sequence[Tensor], spec: str) -> list[Tensor]:
-    """Gradients of `inputs`, then of the initial memories; where nothing was `kept` it is worked out again. A cotangent in `d_end`
-    that has no elements is zero, where the backend needs no memories."""
+        d_end: Sequence[Tensor], kept: Sequence[Tensor], wanted: Sequence[bool], spec: str) -> list[Tensor]:
+    """Gradients of the `inputs` that are `wanted`, then of the initial memories; where nothing was `kept` it is worked out again. A
+    cotangent in `d_end` that has no elements is zero, where the backend needs no memories."""
     plan = plan_of(spec)
+    asked = {name: x for name, x, is_wanted in zip(plan.inputs, inputs, wanted, strict=True) if is_wanted}
     if d_o.shape[0] * d_o.shape[1] == 0:
-        return [*(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in inputs), *map(_own, d_end)]
+        zeros = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in asked.values())
+        return [*zeros, *map(_own, d_end)]
+    backward = plan.gradients(tuple(wanted))
     keeps = plan.training.executable.keeps
     if len(kept) < len(keeps):
         kept = fwd(inputs, start, cu_seqlens, register(plan, keep=True))[1 + len(plan.carries):]
-    first = _start(plan, inputs, start, cu_seqlens) if plan.backward.executable.needs_memories and not keeps else start
+    first = _start(plan, inputs, start, cu_seqlens) if backward.executable.needs_memories and not keeps else start
     memories = dict(zip(plan.carries, first)) | {f"d_{c}": d for c, d in zip(plan.carries, d_end, strict=True)}
     taken = {"d_o": d_o, **dict(zip(plan.inputs, inputs, strict=True)), **dict(zip(keeps, kept, strict=True))}
-    program = plan.backward.program
+    program = backward.program
     used = {*(c.name for c in program.carries), program.counter}
     memories = {n: x for n, x in memories.items() if n in used and x.numel()}
     with _as_given(d_o.device):
-        outputs, ends = plan.backward.executable.launch(taken, memories, plan.chunk, cu_seqlens)
-    grads, own = [], _contiguous if plan.backward.executable.fresh else _own
-    for name, x in zip(plan.inputs, inputs, strict=True):
+        outputs, ends = backward.executable.launch(taken, memories, plan.chunk, cu_seqlens)
+    grads, own = [], _contiguous if backward.executable.fresh else _own
+    for name, x in asked.items():
         d = outputs[f"d_{name}"]
         if d.ndim > 2 and d.shape[2] != x.shape[2]:  # value heads that share a query/key head
             d = d.unflatten(2, (x.shape[2], -1)).sum(3)
@@ -178,7 +181,9 @@ def _apart(output: Sequence[Any], spec: str) -> tuple[Sequence[Any], Sequence[An
     return output[1:ends], output[ends:]
 
 
-def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+def _backward(ctx: Any, grads: Sequence[Tensor | None], wanted: Sequence[bool] | None = None) -> tuple[Any, ...]:
+    """`wanted` says which inputs want a gradient; those of no use are not worked out."""
+    wanted = list(ctx.needs_input_grad[0]) if wanted is None else wanted
     saved = list(ctx.saved_tensors)
     n, m, many = ctx.counts
     tensors, start, kept = saved[:n], saved[n : n + m], saved[n + m : n + m + many]
@@ -190,8 +195,9 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     zeros = plan_of(ctx.spec).backward.executable.needs_memories or d_o.shape[0] * d_o.shape[1] == 0
     d_end = [tensors[0].new_zeros(s if zeros else (0,), dtype=t) if d is None else d
              for d, (s, t) in zip(d_end, ctx.ends, strict=True)]
-    out = bwd(tensors, start, cu_seqlens, d_o, d_end, kept, ctx.spec)
-    return out[:n], (out[n:] if m else []), None, None
+    out = iter(bwd(tensors, start, cu_seqlens, d_o, d_end, kept, wanted, ctx.spec))
+    gradients = [next(out) if is_wanted else None for is_wanted in wanted]
+    return gradients, (list(out) if m else []), None, None
 
 
 def _no_second(ctx: Any, *grads: Any) -> Any:
@@ -215,7 +221,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        inputs, start, _, _ = _backward(ctx, grads)
+        inputs, start, _, _ = _backward(ctx, grads, ctx.needs_input_grad[3 : 3 + ctx.counts[0]])
         return None, None, None, *inputs, *start
 
 

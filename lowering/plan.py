@@ -6,7 +6,7 @@ import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -15,7 +15,7 @@ from torch import Tensor
 
 import lsmc.lowering.backends.aten as aten
 from lsmc.canonical import Canonical
-from lsmc.ir import Dims, Program
+from lsmc.ir import Dims, Program, prune
 from lsmc.keep import keep
 from lsmc.schedules import Choice, Schedule, Shape
 from lsmc.schedules.base import Rank, by_kernel
@@ -129,6 +129,7 @@ class Plan:
     fresh              blocks begin with chunks: memories that are given may be in the middle of one
     shape              the sizes at which its schedules were ranked
     derive             the plan of another method, with its factor on q, at the options of this one
+    cut                a program under the schedule that suits it, at the options of this plan, behind the direction it takes from
     lacking            the rule by which the backend that was asked for has no code for it, if it runs on ATen instead
     """
 
@@ -141,7 +142,9 @@ class Plan:
     training: Direction
     backward: Direction
     derive: Callable[[Canonical, float], Plan] = field(compare=False, repr=False)
+    cut: Callable[[Program, Direction | None], Direction] = field(compare=False, repr=False)
     lacking: str = ""
+    _fewer: dict[tuple[bool, ...], Direction] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -151,6 +154,17 @@ class Plan:
     def seconds(self) -> float:
         """The estimate for forward and backward."""
         return self.training.choice.seconds + self.backward.choice.seconds
+
+    def gradients(self, wanted: tuple[bool, ...]) -> Direction:
+        """`backward` without the gradients that nobody wants: one flag for each of `inputs`. Those of the memories stay, which
+        are what its scans carry."""
+        if all(wanted):
+            return self.backward
+        if wanted not in self._fewer:
+            full = self.backward.program
+            outputs = tuple(o for o, is_wanted in zip(full.outputs, wanted, strict=True) if is_wanted)
+            self._fewer[wanted] = self.cut(prune(replace(full, outputs=outputs)), self.backward.before)
+        return self._fewer[wanted]
 
     @cached_property
     def key(self) -> str:

@@ -113,7 +113,8 @@ def _class(n: int) -> int:
 def call(declaration: LSM, *, initial_state: State | None = None, return_final_state: bool = False,
          cu_seqlens: Tensor | None = None, scale: float = 1.0, chunk: int | None = None, schedule: str | None = None,
          recompute: bool = False, **inputs: Any) -> Any:
-    """o, or (o, state) with `return_final_state`: the method on whole sequences, differentiable in every input.
+    """o, or (o, state) with `return_final_state`: the method on whole sequences, differentiable in every
+    input; gradients are worked out for those that require one.
 
     inputs              by name: q, k (B, T, H, K), v (B, T, HV, V), per token (B, T, HV, …), per head (HV, …), per layer (…);
                         any strides, T ≥ 0, HV a multiple of H. Autocast casts q, k and v.

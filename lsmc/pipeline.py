@@ -102,7 +102,7 @@ def compile_plan(canonical: Canonical, options: Options, shape: Shape = TYPICAL)
 
     _log("schedule", training.choice)
     _log("backward_schedule", last.choice)
-    return Plan(canonical, options.scale, options.chunk, fresh, shape, alone, training, last, derive_other, lacking)
+    return Plan(canonical, options.scale, options.chunk, fresh, shape, alone, training, last, derive_other, direction, lacking)
 
 
 @functools.lru_cache(maxsize=64)

@@ -74,6 +74,7 @@ class Job:
     gates: str = ""  # the type of what does not enter matrix products, where not `dtype`
     alone: bool = False  # the forward keeps nothing for the backward, whatever pays
     learns: bool = True  # gradients as well
+    frozen: tuple[str, ...] = ()  # inputs that want none
     options: tuple[tuple[str, Any], ...] = field(default=())
 
     def declaration(self) -> Any:
@@ -139,15 +140,16 @@ def bound(name: str, dtype: str) -> float:
     return kinds.get(kind, kinds[""])
 
 
-def evaluate(op: Any, given: Sample, case: Case, leaves: list[Tensor], inputs: dict[str, Tensor], state: Any,
+def evaluate(op: Any, given: Sample, case: Case, inputs: dict[str, Tensor], state: Any,
              **options: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Outputs and gradients by name; gradients of no `leaves` are none."""
+    """Outputs and the gradients of what wants one, by name."""
     o, end = op(**inputs, initial_state=state, return_final_state=True, scale=given.scale, **options)
     outputs = [o.double(), *(x.double() for x in tensors(end))]
-    names = [*inputs, *(f"state {n}" for n in range(len(tensors(state))))][: len(leaves)]
-    gradients = _gradients(outputs, leaves, case.seed)
+    named = inputs | {f"state {n}": x for n, x in enumerate(tensors(state))}
+    leaves = {n: x for n, x in named.items() if x.requires_grad}
+    gradients = _gradients(outputs, list(leaves.values()), case.seed) if leaves else []
     return ({n: x.detach() for n, x in zip(["o", *(f"final state {n}" for n in range(len(outputs)))], outputs)},
-            {f"the gradient of {n}": g.detach() for n, g in zip(names, gradients, strict=True)})
+            {f"the gradient of {n}": g.detach() for n, g in zip(leaves, gradients, strict=True)})
 
 
 @contextlib.contextmanager
@@ -179,32 +181,32 @@ def run(job: Job) -> dict[str, float]:
     if job.layout == "expanded":
         narrow = {n: x[:, :, :1].expand(x.shape) if n in given.per_token else x for n, x in narrow.items()}
 
-    exact = {n: x.double().requires_grad_(job.learns) for n, x in narrow.items()}
+    learning = {n: job.learns and n not in job.frozen for n in narrow}
+    exact = {n: x.double().requires_grad_(learning[n]) for n, x in narrow.items()}
     first = [x.double().requires_grad_(job.learns) for x in starts]
     state = None if not first else first[0] if len(first) == 1 else tuple(first)
-    wanted = evaluate(lsmc.reference(op), given, case, [*exact.values(), *first] * job.learns, exact, state, **options)
+    wanted = evaluate(lsmc.reference(op), given, case, exact, state, **options)
     if not all(bool((x.abs() < 1e4).all()) for part in wanted for x in part.values()):
         return {}
 
     if job.layout != "expanded":
         narrow = {n: arrange(x, job.layout) for n, x in narrow.items()}
-    inputs = {n: x.requires_grad_(job.learns) for n, x in narrow.items()}
+    inputs = {n: x.requires_grad_(learning[n]) for n, x in narrow.items()}
     first = [arrange(x, "guarded").requires_grad_(job.learns) for x in starts]
     state = None if not first else first[0] if len(first) == 1 else tuple(first)
     with keeping_nothing() if job.alone else contextlib.nullcontext(), Guards() as guards:
-        found = evaluate(op, given, case, [*inputs.values(), *first] * job.learns, inputs, state, chunk=case.chunk,
-                         schedule=job.schedule, **options)
+        found = evaluate(op, given, case, inputs, state, chunk=case.chunk, schedule=job.schedule, **options)
     guards.check()
     seen = errors(found[0], wanted[0], job.dtype) | errors(found[1], wanted[1], job.dtype)
 
     bad = {n: f"{e:.1e}" for n, e in seen.items() if e > bound(n, job.dtype)}
     if bad:  # unless the recurrence itself suffers as much from rounding: as steps in float32, or of its inputs to 16 bits
         step = 0.0 if job.dtype == "float32" else 2**-10
-        near = {n: (x.detach() * (1 + step * (torch.rand_like(x) - 0.5))).requires_grad_() for n, x in exact.items()}
+        near = {n: (x.detach() * (1 + step * (torch.rand_like(x) - 0.5))).requires_grad_(learning[n]) for n, x in exact.items()}
         others = [x.double().requires_grad_() for x in starts]
         state = None if not others else others[0] if len(others) == 1 else tuple(others)
         oracle = lsmc.reference(op, torch.float64 if step else torch.float32)
-        rough = evaluate(oracle, given, case, [*near.values(), *others], near, state, **options)
+        rough = evaluate(oracle, given, case, near, state, **options)
         suffered = errors(rough[0], wanted[0], job.dtype) | errors(rough[1], wanted[1], job.dtype)
         bad = {n: e for n, e in bad.items() if seen[n] > 4 * suffered[n]}
     assert not bad, f"{job}\nrelative RMS errors {bad}"

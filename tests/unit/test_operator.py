@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -74,6 +76,20 @@ def ratio(x: Tensor, y: Tensor) -> float:
     return float((x - y).square().mean().sqrt() / y.detach().square().mean().sqrt().clamp(min=1e-3)) if y.numel() else 0.0
 
 
+@contextlib.contextmanager
+def asked() -> Iterator[list[list[bool]]]:
+    """Which gradients each call of `lsmc::bwd` is asked for meanwhile."""
+    seen: list[list[bool]] = []
+    operator = ops.bwd
+
+    def bwd(*args: Any) -> list[Tensor]:
+        seen.append(list(args[6]))
+        return operator(*args)
+
+    with patch.object(ops, "bwd", bwd):
+        yield seen
+
+
 def packed(*ends: int) -> dict[str, Any]:
     """The option that packs sequences which end there; none without any."""
     return {"cu_seqlens": torch.tensor([0, *ends], dtype=torch.int32)} if ends else {}
@@ -101,7 +117,9 @@ def opcheck(op: LSM, ends: tuple[int, ...], state: bool, *tests: str) -> None:
     o, *rest = (x.detach() for x in torch.ops.lsmc.fwd(inputs, start, cu, spec + ops.KEEP))
     ends = len(ops.plan_of(spec).carries)
     values = [x.detach() for x in inputs], [x.detach() for x in start]
-    torch.library.opcheck(torch.ops.lsmc.bwd.default, (*values, cu, o, rest[:ends], rest[ends:], spec), test_utils=tests)
+    for wanted in ([True] * len(inputs), [n % 2 == 0 for n in range(len(inputs))]):
+        given = (*values, cu, o, rest[:ends], rest[ends:], wanted, spec)
+        torch.library.opcheck(torch.ops.lsmc.bwd.default, given, test_utils=tests)
 
 
 @given(drawn=declarations(), ends=st.sampled_from([(), ENDS]), state=st.booleans())
@@ -127,6 +145,35 @@ def test_gradients_equal_finite_differences(op: LSM, ends: tuple[int, ...]) -> N
         return tuple(run(op, dict(zip(drawn.inputs, leaves)), state[0] if len(state) == 1 else state, chunk=2, **packed(*ends)))
 
     assert torch.autograd.gradcheck(function, drawn.leaves(), check_undefined_grad=not ends, fast_mode=True)
+
+
+@given(drawn=declarations(), flags=st.lists(st.booleans(), min_size=12, max_size=12))
+def test_gradients_of_some_inputs_are_those_of_all(drawn: Drawn, flags: list[bool]) -> None:
+    """And no others are worked out."""
+    op = drawn.declaration()
+    given = sample(op, Case(batch=2, time=9, groups=2, key_dim=3, value_dim=2, initial_state=True))
+    wanted = dict(zip(given.inputs, flags))
+    some = {n: x.detach().requires_grad_(wanted[n]) for n, x in given.inputs.items()}
+    leaves = [x for x in some.values() if x.requires_grad] + tensors(given.state)
+    with asked() as seen:
+        found = gradients(run(op, some, given.state, chunk=4), leaves)
+    every = gradients(run(op, given.inputs, given.state, chunk=4), given.leaves())
+    named = dict(zip([*given.inputs, *range(len(tensors(given.state)))], every))
+    for x, y in zip(found, [g for n, g in named.items() if wanted.get(n, True)], strict=True):
+        torch.testing.assert_close(x, y)
+    assert seen == [[*wanted.values()]]
+
+
+def test_graphs_ask_for_the_gradients_that_are_wanted() -> None:
+    op = lsmc.zoo.mamba2
+    given = sample(op, Case(batch=2, time=9, key_dim=3, value_dim=2))
+    inputs = {n: x.detach().requires_grad_(n in ("q", "v")) for n, x in given.inputs.items()}
+    leaves = [inputs["q"], inputs["v"]]
+    with asked() as seen:
+        found = gradients(torch.compile(run, backend="aot_eager", fullgraph=True)(op, inputs), leaves)
+    assert seen == [[n in ("q", "v") for n in inputs]]
+    for x, y in zip(found, gradients(run(op, inputs), leaves), strict=True):
+        torch.testing.assert_close(x, y)
 
 
 @each(*BOTH)

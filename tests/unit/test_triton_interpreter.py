@@ -50,6 +50,18 @@ def test_kernels_equal_the_recurrence_for_every_schedule(interpreter: Workers, n
         assert len(seen) >= 5
 
 
+def test_kernels_work_out_the_gradients_that_are_wanted(interpreter: Workers) -> None:
+    """Fixed decays and mixing factors, gates alone, the initial state alone; kernels of mild decays take the flags of the forward."""
+    wide = dataclasses.replace(SMALL, time=40, key_dim=16, value_dim=16)
+    jobs = [Job("retnet", SMALL, "fused", frozen=("log_a",)), Job("retnet", SMALL, "two_pass", frozen=("log_a", "q")),
+            Job("mamba2", SMALL, "two_pass", frozen=("q", "k", "v", "D")), Job("gla", wide, "two_pass", "float16", frozen=("g",)),
+            Job("kda", wide, "two_pass", "float16", frozen=("v", "beta")), Job("deltanet", SMALL, "fused", frozen=("q", "k", "v", "beta"))]
+    for job, seen in zip(jobs, interpreter.run(*jobs)):
+        names = {n.split()[3] for n in seen if n.startswith("the gradient")}
+        assert "state" in names
+        assert not names & {*job.frozen}
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_kernels_keep_packed_sequences_apart(interpreter: Workers, name: str) -> None:
     """Sequences that are empty, shorter than a chunk, longer than one; sizes that need several blocks, the last one partial."""
