@@ -89,6 +89,9 @@ class Sum(sympy.Function):  # type: ignore[misc]
         """What is summed."""
         return self.args[1]
 
+    def _sympystr(self, printer: StrPrinter) -> str:  # sympy has a class of the same name, which its printers take this for
+        return f"{type(self).__name__.lower()}_{self.dim}({printer._print(self.body)})"
+
     def _eval_is_extended_real(self) -> bool:
         return True
 
@@ -200,17 +203,11 @@ def number(value: float | int | sympy.Number) -> sympy.Expr:
 
 
 class _Printer(StrPrinter):  # type: ignore[misc]
-    def _print_Sum(self, expr: Sum) -> str:
-        return f"sum_{expr.dim}({self._print(expr.body)})"
-
     def _print_Pairs(self, expr: Pairs) -> str:
         return f"pairs({self._print(expr.args[0])})"
 
     def _print_Over(self, expr: Over) -> str:
         return f"over_{expr.args[0]}({self._print(expr.args[1])})"
-
-    def _print_Max(self, expr: Max) -> str:
-        return f"max_{expr.dim}({self._print(expr.body)})"
 
     def _print_Rational(self, expr: sympy.Rational) -> str:
         return repr(float(expr)) if expr.q > 1000 else str(super()._print_Rational(expr))

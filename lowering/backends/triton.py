@@ -410,7 +410,8 @@ def plan_of(k: Emitted, key: int, value: int, sequences: int, chunk: int) -> Pla
     value = key if k.kernel.part == "factor" else value  # the columns of the factor
     size = {"K": max(16, triton.next_power_of_2(key)), "V": max(16, triton.next_power_of_2(value))}
     if k.split in size:
-        size[k.split] = min(size[k.split], k.block if k.scan or ptxas.sound() else max(k.block, WIDE))
+        columns = k.block(chunk)
+        size[k.split] = min(size[k.split], columns if k.carries or ptxas.sound() else WIDE)
     whole = k.split is None and bool(k.carries)
     warps = 8 if whole or k.kernel.part == "combine" else 4  # memories of all columns, exact products: the registers of eight
     return {"BK": size["K"], "BV": size["V"], "num_warps": warps, "num_stages": 2 if k.scan or k.inner else 1}

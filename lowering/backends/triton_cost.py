@@ -32,6 +32,8 @@ TOKEN = 1.0e-6
 """Seconds that a walk waits at each token: for what it loads, and for sums among warps."""
 WALK = 3
 """Elementwise operations for each entry of the memory and token."""
+STREAM = 0.85
+"""Part of the rate of a copy that a kernel's loads and stores reach together."""
 REGISTERS = 200
 """Registers of a thread that values may take; the rest spills."""
 
@@ -71,7 +73,7 @@ def _piece(program: Program, p: Piece, s: Shape, target: Target, columns: int | 
     warps = warps or (usual["num_warps"] if p.kernel.walks else 8 if p.kernel.carries and p.split is None else 4)
     blocks = 1
     if p.split:
-        columns = columns or (usual["BV"] if p.kernel.walks else block(program, p))
+        columns = columns or (usual["BV"] if p.kernel.walks else block(program, p, s.chunk))
         columns = s.key if p.split == "F" else min(columns, extent[p.split])
         blocks = -(-extent[p.split] // columns)
         extent[p.split] = columns
@@ -111,7 +113,7 @@ def _piece(program: Program, p: Piece, s: Shape, target: Target, columns: int | 
         work = step * max(1.0, programs * steps / resident)
     states = 8 * sum(map(size, carries))  # read and written once
     total = moved * programs * steps + states * programs
-    return Estimate(p.kernel.name, total, step, wanted, target.launch_s + max(work, total / target.bytes_per_s))
+    return Estimate(p.kernel.name, total, step, wanted, target.launch_s + max(work, total / (STREAM * target.bytes_per_s)))
 
 
 @functools.lru_cache(maxsize=4096)

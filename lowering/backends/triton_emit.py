@@ -9,8 +9,9 @@ and every operation keeps the padding zero, so that contractions need no masks.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import sympy
 
@@ -46,7 +47,7 @@ class Emitted:
     makes: tuple[Op, ...]
     takes: tuple[Op, ...]
     split: str | None
-    block: int
+    block: Callable[[int], int] = field(compare=False)  # columns of that dimension for each program, by the rows of a chunk
     inner: bool  # one program takes all blocks of the split dimension, one after the other
     how: str
     walks: bool  # from token to token
@@ -284,8 +285,12 @@ class Writer:
         source = self._signature() + "\n".join(self.lines) + "\n"
         partial = frozenset(n for n, op in self.stores if op.id in self.part)
         return Emitted(self.name, self.kernel, self.inputs, self.stores, partial, self.carries, self.loads, self.makes,
-                       self.takes, self.split, block(self.program, self.piece), self.piece.inner, self.how, self.walks,
+                       self.takes, self.split, self._block(), self.piece.inner, self.how, self.walks,
                        sum("1" not in self.program.index[c.inp].dims for c in self.carries), source)
+
+    def _block(self) -> Callable[[int], int]:
+        program, piece = self.program, self.piece
+        return functools.cache(lambda rows: block(program, piece, rows))
 
     def _close(self) -> None:
         """The end of the kernel: of tiles, everything was stored chunk by chunk."""
@@ -486,6 +491,8 @@ class Writer:
             self.mild._continue(self)
             w("else:")
             self.indent += 1
+        if self.carries:
+            self._columns()
         self._values()
         for c in self.carries:
             if not brief(self.program, c):
@@ -516,6 +523,22 @@ class Writer:
                 self._blocks(phase)
             else:
                 self._straight([op for op in self.body if self.phases[op.id] == phase])
+
+    def _columns(self) -> None:
+        """What is loaded of one number a row comes first: it takes no room, and a scan would wait for each where it is used."""
+        for op in self.takes:
+            if op.dims == ("T", "1"):
+                self._take(op)
+        for op in self.body:
+            if op.kind == "input" and op.attr("role") == "token" and op.dims[1] == "1":
+                self._op(op)
+                self.done.add(op.id)
+
+    def _take(self, op: Op) -> None:
+        """Load a value that an earlier kernel made."""
+        at, mask = self._tile(op)
+        self.line(f"{self.v(op.id)} = tl.load({at}{_masked(mask)})")
+        self._loaded(op.id)
 
     def _straight(self, body: list[Op]) -> None:
         """These operations, and stores as early as they can be: the registers are needed."""
@@ -678,9 +701,7 @@ class Writer:
             return
         for i in [j for a in op.args if op.kind != "rename" for j in self.scaled.get(a) or self.traced.get(a) or (a,)]:
             if i in self.piece.known and i not in self.done:
-                at, mask = self._tile(self.program.index[i])
-                self.line(f"{self.v(i)} = tl.load({at}{_masked(mask)})")
-                self._loaded(i)
+                self._take(self.program.index[i])
         name = self.v(op.id)
         self.plain[op.id] = name
         match op.kind:

@@ -15,18 +15,19 @@ import sympy
 
 from lsmc.ir import Builder, Op, Program, operand, prune, verify
 from lsmc.lowering.backends.triton_cut import SCANS, splits
+from lsmc.lowering.backends.triton_linear import distributed
 from lsmc.schedules import Kernel
 
 
 def gather(program: Program) -> Program:
-    """`program` as kernels are cut from it: `summed`, and its outputs `dealt`."""
+    """`program` as kernels are cut from it: its scans' sums `distributed`, all sums `summed`, its outputs `dealt`."""
     return _gather(program, program.terms)
 
 
 @functools.cache
 def _gather(program: Program, terms: tuple[tuple[str, int], ...]) -> Program:
     """Equal programs whose terms have other names are kept apart."""
-    return dealt(summed(program))
+    return dealt(summed(distributed(program)))
 
 
 def summed(program: Program) -> Program:

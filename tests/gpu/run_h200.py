@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ import lsmc
 from lsmc.canonical import Canonical
 from lsmc.errors import LsmError
 from lsmc.lowering.backends import triton as backend
-from lsmc.pipeline import Options, compile_plan
+from lsmc.lowering.plan import Plan
+from lsmc.pipeline import CHUNK, Options, compile_plan
+from lsmc.schedules import Shape
 
 BOUND = {"o": 5e-3, "end": 5e-3, "gate": 2e-2, "grad": 8e-3}
 REGIMES = ("typical", "none", "weak", "sigmoid", "strong", "huge", "mixture", "spike")
@@ -95,11 +98,47 @@ def ratio(a: Tensor, b: Tensor) -> float:
     return float(error / scale) if scale > 1e-12 else float(error)
 
 
-def make(name: str, schedule: str | None, chunk: int = 64) -> tuple[Canonical, Any, Any, list[tuple[str, tuple[str, str]]]]:
+def fixed(c: Canonical) -> set[str]:
+    """Inputs that are constants of the method where they are not given: nobody trains them."""
+    return set(c.defaults)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The kernels of a method, forward and backward, and launches of them over tensors of one size."""
+
+    plan: Plan
+    kernels: list[tuple[Any, Any]]
+    """(a launch, its kernel), in the order in which they run."""
+
+
+def prepare(name: str, schedule: str | None, size: tuple[int, int, int], chunk: int = CHUNK, run: bool = True,
+            planned: Shape | None = None) -> Prepared:
+    """The launches of a call of (B, T, H) without memories, as the operator plans them for that, or for the sizes in `planned`; `run`
+    once, so that buffers hold numbers."""
+    b, t, h = size
     c = getattr(lsmc.zoo, name).canonical
-    plan = compile_plan(c, Options(schedule=schedule, chunk=chunk, target="triton"))
-    f, r = plan.training.executable, plan.backward.executable
-    return c, f, r, [(ca.name, f.program.index[ca.inp].dims) for ca in f.program.carries]
+    options = Options(schedule=schedule, chunk=chunk, target="triton", fresh=True)
+    plan = compile_plan(c, options, planned or Shape(b * h, t, 128, 128, chunk))
+    x = inputs_for(c, b, t, h, h, 128, 128, torch.bfloat16)
+    extent = {"K": 128, "V": 128, "1": 1}
+    start = {n: torch.zeros(b, h, *(extent[d] for d in dims), device="cuda") for n, dims in zip(plan.carries, plan.memories, strict=True)}
+    backward = plan.gradients(tuple(f.name not in fixed(c) for f in c.inputs))
+    kept: dict[str, Tensor] = {}
+    kernels = []
+    x2 = {**x, "d_o": torch.randn(b, t, h, 128, device="cuda", dtype=torch.bfloat16)}
+    ends = {**start, **{f"d_{n}": s for n, s in start.items()}}
+    for direction, tensors, memory in ((plan.training, x, start), (backward, x2, ends)):
+        compiled = direction.executable
+        used = {*(carry.name for carry in direction.program.carries), direction.program.counter}
+        launch = backend._Launch(compiled, {**tensors, **kept}, {n: m for n, m in memory.items() if n in used}, plan.chunk, None, {})
+        for k in compiled.kernels:
+            launch.kernel(k) if run else launch.arguments(k)
+            kernels.append((launch, k))
+        if not run and launch.flags is not None:
+            launch.flags.fill_(1)  # all chunks are mild
+        kept = {n: y if run else y.fill_(1) if y is launch.flags else y.zero_() for n, y in launch.keeps.items()}
+    return Prepared(plan, kernels)
 
 
 def check(name: str, schedule: str | None, regime: str, dtype: torch.dtype, k: int, v: int, t: int = 160,
@@ -168,7 +207,7 @@ def worker(name: str, until: float, full: bool) -> None:
         print(json.dumps(row), flush=True)
 
 
-WHOLE = [{"num_warps": 8}, {"num_warps": 4}, {"num_warps": 8, "maxnreg": 128}, {"num_warps": 4, "maxnreg": 168}]
+WHOLE = [{"num_warps": 8}, {"num_warps": 4}, {"num_warps": 2}, {"num_warps": 8, "maxnreg": 128}, {"num_warps": 4, "maxnreg": 168}]
 SPLIT = [{"num_warps": 4, "block": 64}, {"num_warps": 4, "block": 32}, {"num_warps": 4, "block": 64, "maxnreg": 168},
          {"num_warps": 8, "block": 64}, {"num_warps": 8, "block": 128}, {"num_warps": 4, "block": 128}]
 
@@ -182,28 +221,10 @@ def candidates(k: Any) -> list[dict[str, int]]:
     if k.how == "slow":
         return []
     if k.scan:
-        return [{}, {"num_stages": 1}, {"num_stages": 3}, {"num_warps": 8}] + [{f"B{k.split}": 32}] * bool(k.split)
+        return [{}, {"num_stages": 1}, {"num_stages": 3}, *({f"B{k.split}": 32} for _ in k.split or ""), {"num_warps": 4}, {"num_warps": 8}]
     if k.split is None:
         return WHOLE
     return [{f"B{k.split}" if n == "block" else n: x for n, x in plan.items()} for plan in (INNER if k.inner else SPLIT)]
-
-
-def launches(name: str, schedule: str | None, b: int, t: int, h: int) -> list[tuple[Any, Any]]:
-    """(a prepared launch, its kernel) of both directions, run once in order so that buffers exist."""
-    c, f, r, carries = make(name, schedule)
-    x = inputs_for(c, b, t, h, h, 128, 128, torch.bfloat16)
-    size = {"K": 128, "V": 128, "1": 1}
-    start = {n: torch.zeros(b, h, size[a], size[d], device="cuda") for n, (a, d) in carries}
-    out = []
-    kept: dict[str, Tensor] = {}
-    x2 = {**x, "d_o": torch.randn(b, t, h, 128, device="cuda", dtype=torch.bfloat16)}
-    for compiled, tensors, memory in ((f, x, start), (r, x2, {**start, **{f"d_{n}": s for n, s in start.items()}})):
-        run = backend._Launch(compiled, {**tensors, **kept}, memory, 64, None, {})
-        for k in compiled.kernels:
-            run.kernel(k)
-            out.append((run, k))
-        kept = run.keeps
-    return out
 
 
 def milliseconds(call: Any, count: int = 5) -> float:
@@ -226,7 +247,8 @@ def milliseconds(call: Any, count: int = 5) -> float:
 
 
 def timings(name: str, kernels: bool, until: float) -> list[dict[str, Any]]:
-    """The operator's forward and forward+backward at the default plan; with `kernels`, each kernel alone as well."""
+    """The operator's forward, and forward+backward with the gradients of all inputs but `fixed` ones, at the default plan; with
+    `kernels`, each kernel alone as well."""
     from triton.testing import do_bench
 
     rows = []
@@ -234,7 +256,8 @@ def timings(name: str, kernels: bool, until: float) -> list[dict[str, Any]]:
     for label, (b, t, h) in SHAPES.items():
         if time.time() > until:
             break
-        x = {n: y.requires_grad_() for n, y in inputs_for(op.canonical, b, t, h, h, 128, 128, torch.bfloat16).items()}
+        x = inputs_for(op.canonical, b, t, h, h, 128, 128, torch.bfloat16)
+        trained = [y.requires_grad_() for n, y in x.items() if n not in fixed(op.canonical)]
         d_o = torch.randn(b, t, h, 128, device="cuda", dtype=torch.bfloat16)
 
         def forward(x: dict[str, Tensor] = x) -> Tensor:
@@ -242,8 +265,8 @@ def timings(name: str, kernels: bool, until: float) -> list[dict[str, Any]]:
                 out: Tensor = op(**x)
             return out
 
-        def both(x: dict[str, Tensor] = x, d_o: Tensor = d_o) -> tuple[Tensor, ...]:
-            return torch.autograd.grad(op(**x), list(x.values()), d_o)
+        def both(x: dict[str, Tensor] = x, trained: list[Tensor] = trained, d_o: Tensor = d_o) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(op(**x), trained, d_o)
 
         row: dict[str, Any] = {"method": name, "shape": label}
         try:
@@ -261,7 +284,7 @@ def timings(name: str, kernels: bool, until: float) -> list[dict[str, Any]]:
         rows.append(row)
         print({n: round(y, 3) if isinstance(y, float) else y for n, y in row.items()}, flush=True)
         if kernels:
-            for run, k in launches(name, None, b, t, h):
+            for run, k in prepare(name, None, (b, t, h)).kernels:
                 row.setdefault("kernels", {})[k.name] = milliseconds(lambda run=run, k=k: run.kernel(k))
             print("   ", {n: round(y, 3) for n, y in row["kernels"].items()}, flush=True)
     return rows

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import lsmc
-from tests.gpu.run_h200 import check, inputs_for, launches, limits, milliseconds, ratio
+from tests.gpu.run_h200 import check, inputs_for, limits, milliseconds, prepare, ratio
 
 METHODS = ("bla", "retnet", "mamba2", "gla", "deltanet", "gated_deltanet", "kda")
 SCHEDULES = ("two_pass", "segments", "fused_segments")
@@ -62,7 +62,7 @@ def compare(name: str, schedule: str, b: int, t: int, h: int, kernels: bool) -> 
     row["both"] = milliseconds(both)
     if kernels:
         row["kernels"] = {k.name.removeprefix(f"{name}_"): milliseconds(lambda run=run, k=k: run.kernel(k))
-                          for run, k in launches(name, schedule, b, t, h)}
+                          for run, k in prepare(name, schedule, (b, t, h)).kernels}
     return row, [y.detach() for y in both()]
 
 

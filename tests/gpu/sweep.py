@@ -24,8 +24,8 @@ os.environ.setdefault("LSMC_CACHE", "/tmp/lsmc-cache")
 
 import torch
 
-from lsmc.lowering.backends import triton as backend
-from tests.gpu.run_h200 import candidates, inputs_for, make, milliseconds
+from lsmc.pipeline import TYPICAL
+from tests.gpu.run_h200 import candidates, milliseconds, prepare
 
 SHAPES = {"large": (16, 4096, 8), "paper": (8, 2048, 8), "long": (1, 16384, 8), "tiny": (1, 256, 1)}
 
@@ -33,22 +33,8 @@ SHAPES = {"large": (16, 4096, 8), "paper": (8, 2048, 8), "long": (1, 16384, 8), 
 @cache
 def prepared(name: str, schedule: str, chunk: int, shape: str) -> dict[str, tuple[Any, Any]]:
     """Every kernel of a method by name, with a launch whose buffers exist."""
-    b, t, h = SHAPES[shape]
-    c, f, r, carries = make(name, schedule, chunk)
-    x = inputs_for(c, b, t, h, h, 128, 128, torch.bfloat16)
-    size = {"K": 128, "V": 128, "1": 1}
-    start = {n: torch.zeros(b, h, size[a], size[d], device="cuda") for n, (a, d) in carries}
-    x2 = {**x, "d_o": torch.randn(b, t, h, 128, device="cuda", dtype=torch.bfloat16)}
-    out, kept = {}, dict[str, torch.Tensor]()
-    for compiled, tensors, memory in ((f, x, start), (r, x2, {**start, **{f"d_{n}": s for n, s in start.items()}})):
-        run = backend._Launch(compiled, {**tensors, **kept}, memory, chunk, None, {})
-        for k in compiled.kernels:
-            run.arguments(k)
-            out[k.name] = (run, k)
-        if run.flags is not None:
-            run.flags.fill_(1)  # all chunks are mild
-        kept = {n: x.fill_(1) if x is run.flags else x.zero_() for n, x in run.keeps.items()}
-    return out
+    launches = prepare(name, schedule, SHAPES[shape], chunk, run=False, planned=TYPICAL).kernels
+    return {k.name: (launch, k) for launch, k in launches}
 
 
 def compile_one(job: tuple[str, str, int, str, dict[str, int]]) -> str:
@@ -115,10 +101,9 @@ def main() -> None:
     begin = time.time()
     jobs = []
     for name, schedule, chunk in itertools.product(a.methods.split(","), a.schedules.split(","), map(int, a.chunks.split(","))):
-        for compiled in make(name, schedule, chunk)[1:3]:
-            for k in compiled.kernels:
-                if any(word in k.name for word in a.only.split(",")):
-                    jobs += [(name, schedule, chunk, k.name, plan) for plan in candidates(k)]
+        for kernel, (_, k) in prepared(name, schedule, chunk, "tiny").items():
+            if any(word in kernel for word in a.only.split(",")):
+                jobs += [(name, schedule, chunk, kernel, plan) for plan in candidates(k)]
     failed, done = [], set()
     with ProcessPoolExecutor(15, mp_context=get_context("spawn")) as pool:
         futures = {pool.submit(compile_one, j): i for i, j in enumerate(jobs)}
