@@ -101,6 +101,3 @@ class _Way:
 
     def _factor(self, c: int | None) -> int:
         return self.b.map(sympy.Integer(1)) if c is None else c
-
-
-__all__ = ["distributed"]
