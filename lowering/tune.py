@@ -20,7 +20,8 @@ from lsmc.schedules import Shape
 from lsmc.target import H200, Target
 
 COLUMNS = (32, 64, 128)
-STAGES = (2, 1, 3)
+STAGES = {True: (2, 1, 3), False: (2, 1)}
+"""Loads ahead of scans, and of loops over the blocks of a chunk: with three, those gave other numbers now and then."""
 MOST = 6
 """Candidates of one kernel, the default among them."""
 HOPELESS = 2.0
@@ -50,7 +51,7 @@ class Candidate:
 
 def defaults(compiled: Compiled, shape: Shape) -> dict[str, Plan]:
     """The plan that each kernel has where nothing is tuned; of a pair, the fast one's."""
-    return {k.kernel.name: plan_of(k, shape.key, shape.value, shape.sequences, shape.chunk)
+    return {k.kernel.name: plan_of(k, shape.key, shape.value, shape.sequences, shape.chunk, shape.element_bytes)
             for k in compiled.kernels if k.how != "slow"}
 
 
@@ -73,7 +74,7 @@ def candidates(compiled: Compiled, shape: Shape, target: Target = H200) -> dict[
         for columns in dict.fromkeys([base[split], *(c for c in COLUMNS if c <= full)]) if split else (None,):
             for warps in dict.fromkeys((base["num_warps"], *((4, 8) if columns in (None, full) else ()))):
                 seconds = predict(compiled.program, compiled.schedule, k.kernel.name, shape, target, columns, warps)
-                for stages in STAGES if (k.scan or k.inner) and warps == 4 else (base["num_stages"],):
+                for stages in STAGES[k.scan] if (k.scan or k.inner) and warps == 4 else (base["num_stages"],):
                     plan = {**base, **({split: columns} if columns else {}), "num_warps": warps, "num_stages": stages}
                     made[Candidate.of(k.kernel.name, plan)] = seconds
         first = Candidate.of(k.kernel.name, base)

@@ -17,9 +17,10 @@ from lsmc.affine import FACTOR, PART
 from lsmc.ir import Dims, Program
 from lsmc.lowering import kernels, ptxas
 from lsmc.lowering.backends import triton_tiles
-from lsmc.lowering.backends.triton_cut import WIDE, brief, whole
+from lsmc.lowering.backends.triton_cut import brief, whole
 from lsmc.lowering.backends.triton_emit import Emitted, emit
 from lsmc.lowering.backends.triton_record import Launched, Likeness, Recording, Room, likeness, recordable
+from lsmc.lowering.backends.triton_registers import WIDE
 from lsmc.lowering.backends.triton_scan import GROUP, walked, writer
 from lsmc.lowering.backends.triton_sums import gather
 from lsmc.lowering.backends.triton_walk import Stepper, held
@@ -30,6 +31,9 @@ from lsmc.schedules.segments import count
 from lsmc.target import H200
 
 ptxas.select()
+
+OPERANDS = 24 * 1024
+"""Bytes of shared memory that the products of a scan take besides what is loaded."""
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -245,7 +249,8 @@ class _Launch:
         """Default, tuned, or adopted. The two kernels of a pair fill the same partial sums: they share their blocks."""
         own = self.plans.get(k.kernel.name, {})
         shared = {n: x for n, x in own.items() if n in ("BK", "BV")} if k.how == "slow" else own
-        return {**plan_of(k, self.size.get("K", 1), self.size.get("V", 1), self.sequences * self.heads, self.chunk), **shared}
+        return {**plan_of(k, self.size.get("K", 1), self.size.get("V", 1), self.sequences * self.heads, self.chunk,
+                          self.like.element_size()), **shared}
 
     def room(self, shape: tuple[int, ...], dtype: torch.dtype, zero: bool = False) -> Tensor:
         self.rooms.append(Room((torch.zeros if zero else torch.empty)(shape, dtype=dtype, device=self.device), zero))
@@ -401,7 +406,7 @@ def finish(outputs: Mapping[str, Tensor], inputs: Mapping[str, Tensor], parts: M
     return out
 
 
-def plan_of(k: Emitted, key: int, value: int, sequences: int, chunk: int) -> Plan:
+def plan_of(k: Emitted, key: int, value: int, sequences: int, chunk: int, element_bytes: int = 2) -> Plan:
     """Block sizes, warps and pipeline stages of one launch: no narrow blocks over chunks by a ptxas that gets them wrong."""
     if k.kernel.walks:
         return held(key, value, k.wide, sequences, k.split is not None, H200.units)
@@ -409,9 +414,27 @@ def plan_of(k: Emitted, key: int, value: int, sequences: int, chunk: int) -> Pla
         return walked(key, value)
     value = key if k.kernel.part == "factor" else value  # the columns of the factor
     size = {"K": max(16, triton.next_power_of_2(key)), "V": max(16, triton.next_power_of_2(value))}
+    programs = sequences
     if k.split in size:
-        columns = k.block(chunk)
-        size[k.split] = min(size[k.split], columns if k.carries or ptxas.sound() else WIDE)
+        columns = k.block(chunk) if k.carries or ptxas.sound() else WIDE
+        programs *= max(1, size[k.split] // columns)
+        size[k.split] = min(size[k.split], columns)
     whole = k.split is None and bool(k.carries)
     warps = 8 if whole or k.kernel.part == "combine" else 4  # memories of all columns, exact products: the registers of eight
-    return {"BK": size["K"], "BV": size["V"], "num_warps": warps, "num_stages": 2 if k.scan or k.inner else 1}
+    stages = 2 if whole or k.inner else 1  # with three, loops over blocks of a chunk read what was not there yet
+    if k.scan and not whole:
+        stages = _ahead(k, {"T": chunk, "1": 1, "F": key, **size}, programs, element_bytes)
+    return {"BK": size["K"], "BV": size["V"], "num_warps": warps, "num_stages": stages}
+
+
+def _ahead(k: Emitted, extent: dict[str, int], programs: int, element_bytes: int) -> int:
+    """Chunks whose loads a scan has under way or in use: three where that leaves as many programs on a multiprocessor as two
+    do, or where there is no second one."""
+    tiles = [*(op.dims for op in (*k.inputs, *k.takes)), *[("K", "V")] * len(k.loads)]
+    loaded = element_bytes * sum(extent[r] * extent[c] for r, c in tiles)
+
+    def resident(stages: int) -> int:
+        return min(2, H200.shared_bytes // (stages * loaded + OPERANDS))
+
+    alone = programs <= H200.units and not k.kernel.part
+    return 3 if resident(3) and (alone or resident(3) == resident(2)) else 2

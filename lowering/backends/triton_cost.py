@@ -5,15 +5,14 @@ The constants were fitted to single kernels measured on an H200 (docs/benchmarks
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 
 from lsmc.ir import Op, Program
-from lsmc.lowering.backends.triton_cut import SCANS, Piece, block, brief, pieces
+from lsmc.lowering.backends.triton_cut import SCANS, Piece, brief, pieces
+from lsmc.lowering.backends.triton_registers import alive, block
 from lsmc.lowering.backends.triton_sums import gather
 from lsmc.lowering.backends.triton_walk import held
 from lsmc.schedules import Schedule, Shape
-from lsmc.schedules.order import order, peak
 from lsmc.schedules.segments import count
 from lsmc.target import Target
 
@@ -22,7 +21,7 @@ PRODUCT = 0.65e-6
 ELEMENT = 6e-11
 """Seconds for one element of an elementwise result, by 128 threads."""
 PRODUCTS = {"form": 2, "form_gate": 4, "inverse": 10, "cumsum": 5, "matmul": 1}
-CHAINED = 2.0e-6
+CHAINED = 0.5e-6
 """Seconds more for each product that waits for another one on the way from a memory to the next."""
 WAIT = 0.8e-6
 """Seconds more for each tile that a scan loads for elementwise work: such loads are not started ahead."""
@@ -93,7 +92,7 @@ def _piece(program: Program, p: Piece, s: Shape, target: Target, columns: int | 
     moved += sum(size(program.index[i]) * s.element_bytes for i in (*taken, *p.makes))
     moved += sum(size(program.index[i]) * s.element_bytes for n, i in program.outputs if n in p.kernel.stores)
     moved += sum(size(program.index[c.inp]) * width for c in program.carries if c.name in p.kernel.saves)
-    wanted = _alive(program, p, tuple(extent.items())) // (128 * warps)
+    wanted = alive(program, p, tuple(extent.items())) // (128 * warps)
     step = PRODUCT * products + ELEMENT * elements * 4 / warps
     step *= 1 + max(0, wanted - REGISTERS) / (60 if p.kernel.carries else 300)
     if p.kernel.carries:
@@ -114,17 +113,6 @@ def _piece(program: Program, p: Piece, s: Shape, target: Target, columns: int | 
     states = 8 * sum(map(size, carries))  # read and written once
     total = moved * programs * steps + states * programs
     return Estimate(p.kernel.name, total, step, wanted, target.launch_s + max(work, total / (STREAM * target.bytes_per_s)))
-
-
-@functools.lru_cache(maxsize=4096)
-def _alive(program: Program, p: Piece, extents: tuple[tuple[str, int], ...]) -> int:
-    """Bytes of the values that are alive at the worst moment of a chunk."""
-    extent, ends = dict(extents), p.roots(program)
-
-    def weight(op: Op) -> int:
-        return extent[op.dims[0]] * extent[op.dims[1]] * (2 if op.kind == "input" else 4)
-
-    return peak(order(program.ancestors(ends, p.known), ends, weight), weight)
 
 
 def _chain(program: Program, p: Piece) -> int:

@@ -16,22 +16,11 @@ from lsmc.ir import READ_AT, Carry, Op, Program, operand
 from lsmc.keep import cotangents
 from lsmc.schedules import Kernel, Schedule
 from lsmc.schedules.base import needed
-from lsmc.schedules.order import order, peak
 
 SCANS = ("scan", "scan_grad")
 """Operations that go from token to token: kernels that hold them do, `triton_scan`."""
 
 LINEAR = ("expand", "transpose", "sum", "valid", "cumsum", "mask", "between_grad")
-
-WIDE = 64
-"""Columns of the split dimension that one program takes where nothing is known of its registers."""
-
-NARROW = 32
-"""Columns that one program takes at least: narrower blocks repeat the loads of what has no such dimension too often."""
-
-FITS = {True: {64: 256}, False: {128: 400, 64: 440}}
-"""Widths of blocks, the best first, with the registers of a thread that the values of a scan, or of a kernel over chunks, may
-want there."""
 
 
 @dataclass(frozen=True)
@@ -222,30 +211,6 @@ def splits(program: Program, kernel: Kernel, known: Iterable[int]) -> dict[str, 
         if not wide:
             found[dim] = not part & set(ends) and any(dim in program.index[i].dims for i in ends)
     return found
-
-
-def block(program: Program, piece: Piece, rows: int = 64) -> int:
-    """Columns of the split dimension that one program takes at most, in chunks of `rows`: as many as leave its values near the
-    registers of 128 threads; fewer where few programs wait for one segment after the other."""
-    if piece.kernel.part == "combine":
-        return WIDE // 4
-    if piece.inner or piece.split in (None, "F"):
-        return WIDE
-    if any(op.kind in SCANS for op in program.ops):
-        return NARROW
-    ends = piece.roots(program)
-    body = program.ancestors(ends, piece.known)
-
-    def wanted(columns: int) -> int:
-        extent = {"T": rows, "K": 128, "V": 128, "1": 1, piece.split: columns}
-
-        def weight(op: Op) -> int:
-            return extent[op.dims[0]] * extent[op.dims[1]] * (2 if op.kind == "input" else 4)
-
-        return peak(order(body, ends, weight), weight) // (4 * 128)
-
-    widths = FITS[bool(piece.kernel.carries)]
-    return next((columns for columns, most in widths.items() if wanted(columns) <= most), NARROW)
 
 
 @functools.cache

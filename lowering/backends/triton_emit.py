@@ -19,18 +19,16 @@ from lsmc.affine import FACTOR
 from lsmc.factors import factor
 from lsmc.functions import FUNCTIONS
 from lsmc.ir import Carry, Dims, Op, Program, operand
-from lsmc.lowering.backends.triton_cut import Piece, block, brief, contracts, phases, pieces, shares
+from lsmc.lowering.backends.triton_cut import Piece, brief, contracts, phases, pieces, shares
 from lsmc.lowering.backends.triton_mild import mild
+from lsmc.lowering.backends.triton_registers import arranged, block
 from lsmc.lowering.kernels import digest
 from lsmc.schedules import Kernel, Schedule
-from lsmc.schedules.order import order
 
 TILES = ("exp", "power", "beside", "across", "total", "diagonal", "keep", "dot", "exact_dot", "running", "later", "cumsum", "lower",
          "column", "between", "between_grad", "inverse", "mild", "form_p", "form_x", "form_y", "form_gate", "form_all")
 NAMED = "KVF"
 SIZE = {"T": "C", "K": "BK", "V": "BV", "F": "BK", "1": "1"}
-EXTENT = {"T": 64, "K": 128, "V": 128, "F": 128, "1": 1}
-"""Typical extents, for the weight of a value in registers."""
 
 
 @dataclass(frozen=True)
@@ -663,15 +661,7 @@ class Writer:
 
     def _ordered(self, body: list[Op], ends: list[int]) -> list[Op]:
         """The body in a good order; the decay forms of a group come at once, at the place of the gate's."""
-        stand_in = {i: gate for gate, (x, y) in self.groups.items() for i in (x, y)}
-        units = [Op(op.id, op.dims, op.kind, tuple(stand_in.get(a, a) for a in op.args), op.attrs)
-                 for op in body if op.id not in stand_in]
-        found = order(units, [stand_in.get(i, i) for i in ends], self._weight)
-        return [self.program.index[op.id] for op in found]
-
-    def _weight(self, op: Op) -> int:
-        """Bytes of a value in registers: what is loaded has 16 bits as a rule."""
-        return EXTENT[op.dims[0]] * EXTENT[op.dims[1]] * (2 if op.kind == "input" else 12 if op.id in self.groups else 4)
+        return arranged(self.program, self.piece, body, ends, self.done, self.groups)
 
     def _absorbed(self) -> tuple[dict[int, tuple[int, int]], dict[int, tuple[int, int]]]:
         """Elementwise products that need not exist: s ⊙ X whose rows are contracted, where s can go to the other operand

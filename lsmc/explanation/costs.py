@@ -177,7 +177,8 @@ def compile_one(job: Compiling) -> Any:
     s = job.shape
     made = Compiled(job.program, job.schedule, job.flagged)
     k = made.kernels[job.place]
-    return resource(made, k, s.key, s.value, s.chunk, DTYPES[s.element_bytes], plan_of(k, s.key, s.value, s.sequences, s.chunk))
+    plan = plan_of(k, s.key, s.value, s.sequences, s.chunk, s.element_bytes)
+    return resource(made, k, s.key, s.value, s.chunk, DTYPES[s.element_bytes], plan)
 
 
 __all__ = ["Candidate", "Compiling", "Failure", "Launch", "Token", "assembler", "candidates", "obstacle", "per_token", "resources"]

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from lsmc.ir import Op
 
 Weight = Callable[[Op], int]
 
+THOROUGH, QUICK = 64, 8
+"""Sets of finished values that a search goes on with: for code, and for what depends on its room."""
 
-def order(body: Sequence[Op], roots: Sequence[int], weight: Weight) -> list[Op]:
-    """`body` in the order, of a few candidates, that keeps the least weight of values alive at its worst moment.
 
-    roots: values that leave the kernel; they are stored as soon as they exist.
+def order(body: Sequence[Op], roots: Sequence[int], weight: Weight, states: int = THOROUGH) -> list[Op]:
+    """`body` in the order, of two candidates, that keeps the least weight of values alive at its worst moment.
+
+    roots: values that leave the kernel; they are stored as soon as they exist. states: those that the search for the second
+    candidate keeps of each step; with 0 there is the first only, which is found at once.
     """
-    candidates = [_depth_first(body, r, weight) for r in ([], list(roots), list(reversed(roots)))]
-    candidates.append(_greedy(body, roots, weight))
-    return min(candidates, key=lambda ops: peak(ops, weight))
+    found = _depth_first(body, roots, weight)
+    return min(_searched(body, weight, states), found, key=lambda ops: peak(ops, weight)) if states else found
 
 
 def peak(ops: Sequence[Op], weight: Weight) -> int:
@@ -64,34 +68,38 @@ def _depth_first(body: Sequence[Op], roots: Sequence[int], weight: Weight) -> li
     return out
 
 
-def _greedy(body: Sequence[Op], roots: Sequence[int], weight: Weight) -> list[Op]:
-    """Always the operation that adds the least to what is alive; inputs right before their first use."""
-    known = {op.id: op for op in body}
-    uses = _uses(body)
-    waiting = {op.id: op for op in body}
-    done: set[int] = set()
-    out: list[Op] = []
+class _State(NamedTuple):
+    """A set of finished values, as bits, and the best way found to it: the state before, and what came then."""
 
-    def missing(op: Op) -> list[Op]:
-        return [known[a] for a in dict.fromkeys(op.args) if a in known and a not in done]
+    peak: int
+    alive: int
+    done: int
+    before: _State | None = None
+    last: int = 0
 
-    while waiting:
-        ready = [(op, missing(op)) for op in waiting.values() if op.kind != "input" or len(waiting) == 1]
-        ready = [(op, need) for op, need in ready if all(n.kind == "input" for n in need)]
-        if not ready:
-            ready = [(op, []) for op in waiting.values()]
 
-        def growth(item: tuple[Op, list[Op]]) -> tuple[int, int]:
-            op, need = item
-            freed = sum(weight(known[a]) for a in set(op.args) if a in known and uses[a] == 1)
-            return weight(op) + sum(map(weight, need)) - freed - (weight(op) if op.id in roots else 0), op.id
-
-        op, need = min(ready, key=growth)
-        for n in [*need, op]:
-            out.append(n)
-            done.add(n.id)
-            del waiting[n.id]
-        for a in set(op.args):
-            if a in uses:
-                uses[a] -= 1
-    return out
+def _searched(body: Sequence[Op], weight: Weight, keep: int) -> list[Op]:
+    """A beam search over sets of finished values: the least peak first, then the least alive."""
+    number = {op.id: n for n, op in enumerate(body)}
+    weights = [weight(op) for op in body]
+    args = [[number[a] for a in dict.fromkeys(op.args) if a in number] for op in body]
+    needs = [sum(1 << a for a in mine) for mine in args]
+    users = [sum(1 << n for n, need in enumerate(needs) if need >> a & 1) for a in range(len(body))]
+    states = [_State(0, 0, 0)]
+    for _ in body:
+        found: dict[int, _State] = {}
+        for s in states:
+            for n, need in enumerate(needs):
+                if s.done >> n & 1 or need & ~s.done:
+                    continue
+                done, most = s.done | 1 << n, s.alive + weights[n]
+                left = most - sum(weights[a] for a in (*args[n], n) if not users[a] & ~done)
+                state = _State(max(s.peak, most), left, done, s, n)
+                if done not in found or state[:2] < found[done][:2]:
+                    found[done] = state
+        states = sorted(found.values(), key=lambda s: s[:2])[:keep]
+    path, state = list[Op](), states[0]
+    while state.before:
+        path.append(body[state.last])
+        state = state.before
+    return path[::-1]

@@ -1,0 +1,69 @@
+"""What the values of a kernel take in registers: the order that keeps few alive at once, and the columns for which they fit."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Iterable, Mapping
+
+from lsmc.ir import Op, Program
+from lsmc.lowering.backends.triton_cut import SCANS, Piece
+from lsmc.schedules.order import QUICK, Weight, order, peak
+
+EXTENT = {"T": 64, "K": 128, "V": 128, "F": 128, "1": 1}
+"""Typical extents, where a source is written for all."""
+
+WIDE = 64
+"""Columns of the split dimension that one program takes where nothing is known of its registers."""
+
+NARROW = 32
+"""Columns that one program takes at least: narrower blocks repeat the loads of what has no such dimension too often."""
+
+FITS = {True: {64: 256}, False: {128: 500, 64: 540}}
+"""Widths of blocks, the best first, with the registers of a thread that the values of a scan, or of a kernel over chunks, may
+want there."""
+
+
+def block(program: Program, piece: Piece, rows: int = EXTENT["T"]) -> int:
+    """Columns of the split dimension that one program takes at most, in chunks of `rows`: as many as leave its values near the
+    registers of 128 threads; fewer where few programs wait for one segment after the other."""
+    if piece.kernel.part == "combine":
+        return WIDE // 4
+    if piece.inner or piece.split in (None, "F"):
+        return WIDE
+    if any(op.kind in SCANS for op in program.ops):
+        return NARROW
+    widths = FITS[bool(piece.kernel.carries)]
+    extents = {columns: tuple({**EXTENT, "T": rows, piece.split: columns}.items()) for columns in widths}
+    return next((n for n, most in widths.items() if alive(program, piece, extents[n], QUICK) <= most * 4 * 128), NARROW)
+
+
+@functools.lru_cache(maxsize=4096)
+def alive(program: Program, piece: Piece, extents: tuple[tuple[str, int], ...], states: int = 0) -> int:
+    """Bytes of the values that are alive at the worst moment of a chunk, in an order found with `states` (`order`)."""
+    ends, weight = piece.roots(program), _weight(dict(extents))
+    body = program.ancestors(ends, piece.known)
+    return peak(order([*_loads(program, body, piece.known), *body], ends, weight, states), weight)
+
+
+def arranged(program: Program, piece: Piece, body: Iterable[Op], ends: Iterable[int], done: Collection[int],
+             groups: Mapping[int, tuple[int, int]]) -> list[Op]:
+    """`body`, a part of a piece, in a good order for all sizes. `done` is there already; groups: two values that come at once with
+    a third, at its place."""
+    stand_in = {i: gate for gate, others in groups.items() for i in others}
+    units = [Op(op.id, op.dims, op.kind, tuple(stand_in.get(a, a) for a in op.args), op.attrs)
+             for op in body if op.id not in stand_in]
+    columns = {piece.split: block(program, piece)} if piece.split else {}
+    loads = _loads(program, units, piece.known.difference(done))
+    found = order([*loads, *units], [stand_in.get(i, i) for i in ends], _weight({**EXTENT, **columns}, groups))
+    return [program.index[op.id] for op in found if op not in loads]
+
+
+def _loads(program: Program, body: Iterable[Op], known: Collection[int]) -> list[Op]:
+    """What `body` takes of values that earlier kernels made, as operations that load them."""
+    used = {a for op in body if op.kind != "rename" for a in op.args if a in known}
+    return [Op(i, program.index[i].dims, "input", (), ()) for i in sorted(used)]
+
+
+def _weight(extent: Mapping[str, int], groups: Collection[int] = ()) -> Weight:
+    """Bytes of a value in registers: what is loaded has 16 bits as a rule."""
+    return lambda op: extent[op.dims[0]] * extent[op.dims[1]] * (2 if op.kind == "input" else 12 if op.id in groups else 4)
