@@ -29,7 +29,8 @@ DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 @dataclass(frozen=True)
 class Resources:
-    """What one kernel takes on the device; spills are bytes a thread stores to local memory."""
+    """What one kernel takes on the device; spills are bytes a thread stores to local memory; `serial` says why the assembler lets
+    no two products of the matrix units run on, one behind the other, and is empty where it does."""
 
     kernel: str
     registers: int
@@ -38,10 +39,12 @@ class Resources:
     wgmma: int
     warps: int
     stages: int
+    serial: str = ""
 
     def __str__(self) -> str:
         return (f"{self.kernel}: {self.registers} registers, {self.spills} B spilled, {self.shared / 1024:.0f} KB shared, "
-                f"{self.wgmma} wgmma, {self.warps} warps, {self.stages} stages")
+                f"{self.wgmma} wgmma, {self.warps} warps, {self.stages} stages"
+                f"{f', one product at a time: {self.serial}' if self.serial else ''}")
 
 
 def resources(compiled: Compiled, key: int = 128, value: int = 128, chunk: int = 64, dtype: str = "bf16",
@@ -106,8 +109,10 @@ def resource(compiled: Compiled, k: Emitted, key: int, value: int, chunk: int, d
         raise RuntimeError(f"{used[0]} failed on {k.name} ({run.returncode}): {(run.stderr or run.stdout).strip()[-1000:]}")
     report = run.stderr
 
+    reason = re.search(r"wgmma\S* instructions are serialized due to (.*?) (?:in|for) the function", report)
+
     def number(pattern: str) -> int:
         return int((re.search(pattern, report) or [0, 0])[1])
 
     return Resources(k.name, number(r"Used (\d+) registers"), number(r"(\d+) bytes spill stores"), made.metadata.shared,
-                     ptx.count("wgmma.mma_async"), options["num_warps"], options["num_stages"])
+                     ptx.count("wgmma.mma_async"), options["num_warps"], options["num_stages"], reason[1] if reason else "")

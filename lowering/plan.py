@@ -87,6 +87,12 @@ def sharings(target: str, forward: Program, backward: Program, cuts: Iterable[Sc
             yield keep(forward, backward, values)
 
 
+def fewer(backward: Program, wanted: Iterable[bool]) -> Program:
+    """A backward program without the gradients that nobody wants: one flag for each of its outputs."""
+    outputs = tuple(o for o, is_wanted in zip(backward.outputs, wanted, strict=True) if is_wanted)
+    return prune(replace(backward, outputs=outputs))
+
+
 @functools.cache
 def _library() -> str:
     """A hash of the code that carries out generated source: graphs cached by other versions of it are not this one's."""
@@ -161,9 +167,7 @@ class Plan:
         if all(wanted):
             return self.backward
         if wanted not in self._fewer:
-            full = self.backward.program
-            outputs = tuple(o for o, is_wanted in zip(full.outputs, wanted, strict=True) if is_wanted)
-            self._fewer[wanted] = self.cut(prune(replace(full, outputs=outputs)), self.backward.before)
+            self._fewer[wanted] = self.cut(fewer(self.backward.program, wanted), self.backward.before)
         return self._fewer[wanted]
 
     @cached_property

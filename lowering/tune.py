@@ -20,9 +20,9 @@ from lsmc.schedules import Shape
 from lsmc.target import H200, Target
 
 COLUMNS = (32, 64, 128)
-STAGES = {True: (2, 1, 3), False: (2, 1)}
+STAGES = {True: (2, 3), False: (2, 1)}
 """Loads ahead of scans, and of loops over the blocks of a chunk: with three, those gave other numbers now and then."""
-MOST = 6
+MOST = 7
 """Candidates of one kernel, the default among them."""
 HOPELESS = 2.0
 """Predicted times of the default's after which a candidate is not tried."""
@@ -59,8 +59,8 @@ def candidates(compiled: Compiled, shape: Shape, target: Target = H200) -> dict[
     """Candidates and the seconds predicted for them, by kernel: the default first, then what differs least from it, of those
     the best predictions: the model knows columns better than loads ahead.
 
-    Varied are the columns of the split dimension; where there is a loop, the loads ahead; and eight warps where one program
-    takes all columns (they were slower everywhere else).
+    Varied are the columns of the split dimension; where there is a loop, the loads ahead, elsewhere whether they are asked for
+    first; and eight warps where one program takes all columns (they were slower everywhere else).
     """
     out: dict[str, dict[Candidate, float]] = {}
     usual = defaults(compiled, shape)
@@ -74,9 +74,13 @@ def candidates(compiled: Compiled, shape: Shape, target: Target = H200) -> dict[
         for columns in dict.fromkeys([base[split], *(c for c in COLUMNS if c <= full)]) if split else (None,):
             for warps in dict.fromkeys((base["num_warps"], *((4, 8) if columns in (None, full) else ()))):
                 seconds = predict(compiled.program, compiled.schedule, k.kernel.name, shape, target, columns, warps)
-                for stages in STAGES[k.scan] if (k.scan or k.inner) and warps == 4 else (base["num_stages"],):
-                    plan = {**base, **({split: columns} if columns else {}), "num_warps": warps, "num_stages": stages}
-                    made[Candidate.of(k.kernel.name, plan)] = seconds
+                sized = {**base, **({split: columns} if columns else {}), "num_warps": warps}
+                if k.ahead is not None:
+                    plans = [{**sized, "AHEAD": ahead} for ahead in (base["AHEAD"], 1 - base["AHEAD"])]
+                else:
+                    stages = STAGES[k.scan] if (k.scan or k.inner) and not k.walks else ()
+                    plans = [{**sized, "num_stages": n} for n in dict.fromkeys((base["num_stages"], *stages))]
+                made |= {Candidate.of(k.kernel.name, plan): seconds for plan in plans}
         first = Candidate.of(k.kernel.name, base)
         others = sorted((len({*c.items} - {*first.items}), seconds, c) for c, seconds in made.items()
                         if c != first and seconds <= HOPELESS * made[first])

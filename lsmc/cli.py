@@ -254,7 +254,7 @@ def tune(
     dtype: Annotated[str, arg(help="of q, k and v: bfloat16, float16 or float32")] = "bfloat16",
     gates: Annotated[str | None, arg(help="of the other inputs of a token; default: the same")] = None,
     scale: Annotated[float, arg(help="the operator's `scale`, which stands in the generated code")] = 1.0,
-    state: Annotated[bool, arg(help="for calls that start from a memory")] = False,
+    state: Annotated[bool, arg(help="for calls that start from a memory and whose final one is used")] = False,
     packed: Annotated[bool, arg(help="for calls with `cu_seqlens`: the B sequences packed into one")] = False,
     limit: Annotated[float | None, arg(help="seconds, after which the best so far is taken")] = None,
     out: Annotated[Path | None, arg(help="also write what was found, all in one JSON file")] = None,

@@ -21,7 +21,7 @@ from lsmc.chunk import derive
 from lsmc.errors import LsmOptionError
 from lsmc.factors import hoist
 from lsmc.ir import Program
-from lsmc.lowering.plan import Direction, Plan, lacks, ranking, sharings
+from lsmc.lowering.plan import Direction, Plan, fewer, lacks, ranking, sharings
 from lsmc.lowering.tuned.store import describe
 from lsmc.schedules import CUTS, Shape, choose
 
@@ -90,12 +90,17 @@ def compile_plan(canonical: Canonical, options: Options, shape: Shape = TYPICAL)
     def direction(program: Program, before: Direction | None = None) -> Direction:
         return Direction(program, choose(program, cuts, shape, rank=ranking(target)), target, before)
 
+    def learning(training: Direction, last: Direction) -> float:
+        """Seconds of both, where constants of the method are not trained."""
+        names = tuple(name.removeprefix("d_") not in canonical.defaults for name, _ in last.program.outputs)
+        return training.choice.seconds + (last if all(names) else direction(fewer(last.program, names), training)).choice.seconds
+
     alone, last = direction(forward), direction(backward)
     pairs = [(alone, last)]
     for first, second in sharings(target, forward, backward, [cut(backward) for cut in cuts]):
         training = direction(first)
         pairs.append((training, direction(second, training)))
-    training, last = min(pairs, key=lambda pair: pair[0].choice.seconds + pair[1].choice.seconds)
+    training, last = min(pairs, key=lambda pair: learning(*pair))
 
     def derive_other(other: Canonical, scale: float) -> Plan:
         return compile_plan(other, replace(options, scale=scale), shape)

@@ -20,7 +20,7 @@ from lsmc.lowering.backends import triton_tiles
 from lsmc.lowering.backends.triton_cut import brief, whole
 from lsmc.lowering.backends.triton_emit import Emitted, emit
 from lsmc.lowering.backends.triton_record import Launched, Likeness, Recording, Room, likeness, recordable
-from lsmc.lowering.backends.triton_registers import WIDE
+from lsmc.lowering.backends.triton_registers import NARROW, WIDE
 from lsmc.lowering.backends.triton_scan import GROUP, walked, writer
 from lsmc.lowering.backends.triton_sums import gather
 from lsmc.lowering.backends.triton_walk import Stepper, held
@@ -32,8 +32,8 @@ from lsmc.target import H200
 
 ptxas.select()
 
-OPERANDS = 24 * 1024
-"""Bytes of shared memory that the products of a scan take besides what is loaded."""
+OPERANDS = 3.5
+"""Bytes of shared memory for each square of a block's columns that a scan's products take besides what is loaded, at K = 128."""
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -414,27 +414,47 @@ def plan_of(k: Emitted, key: int, value: int, sequences: int, chunk: int, elemen
         return walked(key, value)
     value = key if k.kernel.part == "factor" else value  # the columns of the factor
     size = {"K": max(16, triton.next_power_of_2(key)), "V": max(16, triton.next_power_of_2(value))}
-    programs = sequences
-    if k.split in size:
-        columns = k.block(chunk) if k.carries or ptxas.sound() else WIDE
-        programs *= max(1, size[k.split] // columns)
-        size[k.split] = min(size[k.split], columns)
     whole = k.split is None and bool(k.carries)
     warps = 8 if whole or k.kernel.part == "combine" else 4  # memories of all columns, exact products: the registers of eight
     stages = 2 if whole or k.inner else 1  # with three, loops over blocks of a chunk read what was not there yet
+    columns = 0
     if k.scan and not whole:
-        stages = _ahead(k, {"T": chunk, "1": 1, "F": key, **size}, programs, element_bytes)
-    return {"BK": size["K"], "BV": size["V"], "num_warps": warps, "num_stages": stages}
+        columns, warps, stages = _scanning(k, {"T": chunk, "1": 1, "F": key, **size}, sequences, warps, element_bytes)
+    elif k.split in size:
+        columns = k.block(chunk) if ptxas.sound() else WIDE
+    if k.split in size:
+        size[k.split] = min(size[k.split], columns)
+    ahead = {} if k.ahead is None else {"AHEAD": int(k.ahead)}
+    return {"BK": size["K"], "BV": size["V"], **ahead, "num_warps": warps, "num_stages": stages}
 
 
-def _ahead(k: Emitted, extent: dict[str, int], programs: int, element_bytes: int) -> int:
-    """Chunks whose loads a scan has under way or in use: three where that leaves as many programs on a multiprocessor as two
-    do, or where there is no second one."""
+def _scanning(k: Emitted, extent: dict[str, int], sequences: int, warps: int, element_bytes: int) -> tuple[int, int, int]:
+    """Columns, warps and stages of a scan: whatever has most loads under way on a multiprocessor.
+
+    Two programs of a multiprocessor cover each other's waits. Where there are too few programs for that, they take half of the
+    columns; where two have no room and all would run one after the other, one program of eight warps takes all columns. Loads
+    are three chunks ahead where that costs no program its room.
+    """
+    split = k.split or "1"
+    full = extent[split]
+    usual = min(full, k.block(extent["T"]) if k.carries or ptxas.sound() else WIDE)  # a slow kernel's are those of its pair
     tiles = [*(op.dims for op in (*k.inputs, *k.takes)), *[("K", "V")] * len(k.loads)]
-    loaded = element_bytes * sum(extent[r] * extent[c] for r, c in tiles)
 
-    def resident(stages: int) -> int:
-        return min(2, H200.shared_bytes // (stages * loaded + OPERANDS))
+    def resident(columns: int, stages: int) -> int:
+        sized = {**extent, split: columns}
+        loaded = element_bytes * sum(sized[r] * sized[c] for r, c in tiles)
+        return min(2, int(H200.shared_bytes // (stages * loaded + OPERANDS * columns**2)))
 
-    alone = programs <= H200.units and not k.kernel.part
-    return 3 if resident(3) and (alone or resident(3) == resident(2)) else 2
+    programs = sequences * -(-full // usual)
+    alone = programs <= H200.units
+    if k.carries and split in "KV" and not k.kernel.part:
+        half = usual // 2
+        if alone and not k.stores and half >= NARROW:
+            for stages in (3, 2):
+                if resident(half, stages) == 2:
+                    return half, warps, stages
+        room = resident(usual, 2) < 2 and resident(full, 2) and element_bytes == 2  # float32 is slow to compile so wide
+        if not alone and room and usual < full and sequences <= H200.units:
+            return full, 8, 2
+    deep = resident(usual, 3)
+    return usual, warps, 3 if deep and (alone and not k.kernel.part or deep == resident(usual, 2)) else 2

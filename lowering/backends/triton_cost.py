@@ -5,10 +5,12 @@ The constants were fitted to single kernels measured on an H200 (docs/benchmarks
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 from lsmc.ir import Op, Program
-from lsmc.lowering.backends.triton_cut import SCANS, Piece, brief, pieces
+from lsmc.lowering.backends.triton_cut import SCANS, Piece, brief, contracts, pieces
+from lsmc.lowering.backends.triton_mild import mild
 from lsmc.lowering.backends.triton_registers import alive, block
 from lsmc.lowering.backends.triton_sums import gather
 from lsmc.lowering.backends.triton_walk import held
@@ -16,25 +18,33 @@ from lsmc.schedules import Schedule, Shape
 from lsmc.schedules.segments import count
 from lsmc.target import Target
 
-PRODUCT = 0.65e-6
-"""Seconds for one product of tiles, with the wait for its operands."""
-ELEMENT = 6e-11
-"""Seconds for one element of an elementwise result, by 128 threads."""
-PRODUCTS = {"form": 2, "form_gate": 4, "inverse": 10, "cumsum": 5, "matmul": 1}
-CHAINED = 0.5e-6
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds of a product of tiles, with the wait for its operands, and of one element of an elementwise result by 128 threads;
+    `registers` of a thread that values may take, and by how many more a chunk takes twice as long."""
+
+    product: float
+    element: float
+    registers: int
+    twice: int
+
+
+RATES = {True: Rates(0.35e-6, 6e-11, 230, 60), False: Rates(0.65e-6, 8e-11, 300, 800)}
+"""Of scans, which load what the next chunks want, and of kernels over chunks."""
+PRODUCTS = {"form": 2, "form_gate": 4, "inverse": 10, "cumsum": 2, "matmul": 1}
+CHAINED = 0.2e-6
 """Seconds more for each product that waits for another one on the way from a memory to the next."""
-WAIT = 0.8e-6
-"""Seconds more for each tile that a scan loads for elementwise work: such loads are not started ahead."""
 ALONE = 0.65
 """What a scan's step takes where no second program shares its processor."""
 TOKEN = 1.0e-6
 """Seconds that a walk waits at each token: for what it loads, and for sums among warps."""
 WALK = 3
 """Elementwise operations for each entry of the memory and token."""
-STREAM = 0.85
-"""Part of the rate of a copy that a kernel's loads and stores reach together."""
-REGISTERS = 200
-"""Registers of a thread that values may take; the rest spills."""
+STREAM = {True: 1.0, False: 0.85}
+"""Part of the rate of a copy that loads and stores reach together, in scans and over chunks."""
+OUTPUTS = 1.4
+"""How much longer a scan takes that stores outputs too: these stores, and loads of what it reads for them, hold up its steps."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,7 @@ def predict(program: Program, schedule: Schedule, kernel: str, shape: Shape, tar
 
 def _piece(program: Program, p: Piece, s: Shape, target: Target, columns: int | None = None, warps: int | None = None) -> Estimate:
     """`columns` of the split dimension and `warps` for each program, where not the default ones; `program` is the kernel's."""
+    program, p = _likely(program, p)
     s = replace(s, chunk=1) if p.kernel.walks else s
     part, n = p.kernel.part, count(s.sequences, s.chunks, target.units) if p.kernel.part else 1
     ends = p.roots(program)
@@ -78,10 +89,15 @@ def _piece(program: Program, p: Piece, s: Shape, target: Target, columns: int | 
         extent[p.split] = columns
     extent["E"] = extent["K"] * extent["V"]
 
-    def size(op: Op) -> int:
-        return extent[op.dims[0]] * extent[op.dims[1]]
+    turns = blocks if p.inner else 1  # of a loop over the blocks, by one program
 
-    products = sum(PRODUCTS.get(op.kind, 0) for op in body if "1" not in op.dims)
+    def size(op: Op) -> int:
+        return extent[op.dims[0]] * extent[op.dims[1]] * (turns if p.split in op.dims else 1)
+
+    def repeated(op: Op) -> int:
+        return turns if p.split in (*op.dims, *contracts(program, op)) else 1
+
+    products = sum(PRODUCTS.get(op.kind, 0) * repeated(op) for op in body if "1" not in op.dims)
     elements = sum(size(op) for op in body if op.kind in ("map", "between", "mask", "sum"))
     walks = [op.kind for op in body if op.kind in SCANS]  # each token by itself, back through memories that are made again
     elements += WALK * ("scan" in walks) * extent["T"] * extent["E"] + 3 * WALK * ("scan_grad" in walks) * extent["T"] * extent["E"]
@@ -93,26 +109,33 @@ def _piece(program: Program, p: Piece, s: Shape, target: Target, columns: int | 
     moved += sum(size(program.index[i]) * s.element_bytes for n, i in program.outputs if n in p.kernel.stores)
     moved += sum(size(program.index[c.inp]) * width for c in program.carries if c.name in p.kernel.saves)
     wanted = alive(program, p, tuple(extent.items())) // (128 * warps)
-    step = PRODUCT * products + ELEMENT * elements * 4 / warps
-    step *= 1 + max(0, wanted - REGISTERS) / (60 if p.kernel.carries else 300)
-    if p.kernel.carries:
-        role = "carry" if part == "combine" else "token"
-        loaded = {op.id for op in body if op.kind == "input" and op.attr("role") == role} | p.known
-        loaded -= p.kernel.own(program)
-        wide = {a for op in body if op.kind in ("map", "cumsum") for a in op.args if a in loaded}
-        step += WAIT * sum("1" not in program.index[a].dims for a in wide)
+    rates = RATES[bool(p.kernel.carries)]
+    step = rates.product * products + rates.element * elements * 4 / warps
+    step *= 1 + max(0, wanted - rates.registers) / rates.twice
     step += CHAINED * max(0, _chain(program, p) - 1) + TOKEN * p.kernel.walks
     resident = (2 + 2 * p.kernel.walks) * target.units * 4 // warps
-    programs = s.sequences * blocks
+    programs = s.sequences * blocks // turns
     steps = n if part == "combine" else s.chunks  # that a sequence takes
     if p.kernel.carries:
         side = 1 if part == "combine" else n  # programs of one sequence, side by side
-        work = step * -(-steps // side) * -(-programs * side // resident) * (ALONE if programs * side <= target.units else 1.0)
+        alone = programs * side <= target.units and warps <= 4
+        work = step * -(-steps // side) * -(-programs * side // resident) * (ALONE if alone else 1.0)
     else:
         work = step * max(1.0, programs * steps / resident)
     states = 8 * sum(map(size, carries))  # read and written once
     total = moved * programs * steps + states * programs
-    return Estimate(p.kernel.name, total, step, wanted, target.launch_s + max(work, total / (STREAM * target.bytes_per_s)))
+    scans = bool(p.kernel.carries)
+    taken_s = max(work, total / (STREAM[scans] * target.bytes_per_s)) * (OUTPUTS if scans and p.kernel.stores else 1.0)
+    return Estimate(p.kernel.name, total, step, wanted, target.launch_s + taken_s)
+
+
+@functools.lru_cache(maxsize=1024)
+def _likely(program: Program, p: Piece) -> tuple[Program, Piece]:
+    """A piece as most chunks run it: over chunks, decays are mild."""
+    if p.kernel.carries or not any(op.kind in ("form", "form_gate") for op in program.ancestors(p.roots(program), p.known)):
+        return program, p
+    other, new = mild(program)
+    return other, replace(p, known=frozenset(new[i] for i in p.known), makes=tuple(new[i] for i in p.makes))
 
 
 def _chain(program: Program, p: Piece) -> int:

@@ -18,23 +18,29 @@ WIDE = 64
 NARROW = 32
 """Columns that one program takes at least: narrower blocks repeat the loads of what has no such dimension too often."""
 
-FITS = {True: {64: 256}, False: {128: 500, 64: 540}}
+FITS = {True: {64: 256}, False: {128: 500, 64: 440}}
 """Widths of blocks, the best first, with the registers of a thread that the values of a scan, or of a kernel over chunks, may
 want there."""
+LOOPS = 170
+"""The same for a kernel that takes all blocks one after the other, where its loop has one turn."""
 
 
 def block(program: Program, piece: Piece, rows: int = EXTENT["T"]) -> int:
     """Columns of the split dimension that one program takes at most, in chunks of `rows`: as many as leave its values near the
     registers of 128 threads; fewer where few programs wait for one segment after the other."""
+    def few(columns: int, most: int) -> bool:
+        extent = tuple({**EXTENT, "T": rows, str(piece.split): columns}.items())
+        return alive(program, piece, extent, QUICK) <= most * 4 * 128
+
     if piece.kernel.part == "combine":
         return WIDE // 4
-    if piece.inner or piece.split in (None, "F"):
+    if piece.split in (None, "F"):
         return WIDE
+    if piece.inner:
+        return 2 * WIDE if few(2 * WIDE, LOOPS) else WIDE
     if any(op.kind in SCANS for op in program.ops):
         return NARROW
-    widths = FITS[bool(piece.kernel.carries)]
-    extents = {columns: tuple({**EXTENT, "T": rows, piece.split: columns}.items()) for columns in widths}
-    return next((n for n, most in widths.items() if alive(program, piece, extents[n], QUICK) <= most * 4 * 128), NARROW)
+    return next((n for n, most in FITS[bool(piece.kernel.carries)].items() if few(n, most)), NARROW)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -52,7 +58,7 @@ def arranged(program: Program, piece: Piece, body: Iterable[Op], ends: Iterable[
     stand_in = {i: gate for gate, others in groups.items() for i in others}
     units = [Op(op.id, op.dims, op.kind, tuple(stand_in.get(a, a) for a in op.args), op.attrs)
              for op in body if op.id not in stand_in]
-    columns = {piece.split: block(program, piece)} if piece.split else {}
+    columns = {piece.split: max(WIDE, block(program, piece))} if piece.split else {}  # good orders of more serve fewer as well
     loads = _loads(program, units, piece.known.difference(done))
     found = order([*loads, *units], [stand_in.get(i, i) for i in ends], _weight({**EXTENT, **columns}, groups))
     return [program.index[op.id] for op in found if op not in loads]

@@ -21,7 +21,8 @@ from lsmc.expr import number
 from lsmc.functions import exp
 from lsmc.ir import READ_AT, Carry, Dims, Op, Program, Scanned, operand
 from lsmc.lowering.backends.triton_cut import SCANS, Piece, contracts
-from lsmc.lowering.backends.triton_emit import Expression, Writer
+from lsmc.lowering.backends.triton_emit import Writer
+from lsmc.lowering.backends.triton_print import Expression
 
 GROUP = 4
 """Tokens whose loads start together, and whose memories are in registers at once on the way back."""

@@ -56,6 +56,24 @@ def beside(x, WIDE: tl.constexpr):
 
 
 @triton.jit
+def ahead(rows, inside, FIRST, COLUMNS: tl.constexpr, END: tl.constexpr):
+    """Ask for these columns of rows, where `inside`, to be brought to the L2 cache: one request for each 128 bytes."""
+    if not INTERPRETED:
+        LINE: tl.constexpr = 1024 // rows.dtype.element_ty.primitive_bitwidth
+        at = tl.arange(0, (COLUMNS + LINE - 1) // LINE)[None, :] * LINE + FIRST
+        tl.inline_asm_elementwise("{ .reg .pred %p; setp.ne.s32 %p, $2, 0; @%p prefetch.global.L2 [$1]; mov.b32 $0, 0; }", "=r,l,r",
+                                  [rows + at, (inside & (at < END)).to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def nothing(ROWS: tl.constexpr, COLUMNS: tl.constexpr, length):
+    """Zeros of which no compiler knows that they are, nor that they are alike, from a length: equal numbers are copied where a loop
+    may have no step, and for such copies the assembler makes each product of the loop wait for the one before (C7515)."""
+    place = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    return tl.minimum(place + length, 0).to(tl.float32)
+
+
+@triton.jit
 def dot(a, b, DT: tl.constexpr):
     """a @ b on the matrix units."""
     if tl.float32 == DT:

@@ -8,7 +8,8 @@ token is asked for before anything is worked out of it. A call of one token is s
 from __future__ import annotations
 
 from lsmc.ir import Op
-from lsmc.lowering.backends.triton_emit import SIZE, Writer
+from lsmc.lowering.backends.triton_emit import Writer
+from lsmc.lowering.backends.triton_values import SIZE
 
 TILE = 8192
 """Entries of all memories in the registers of one program, where it can choose."""

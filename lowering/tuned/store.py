@@ -23,7 +23,8 @@ import torch
 from lsmc.lowering import kernels, ptxas
 
 Plan = dict[str, int]
-"""BK, BV: columns of K and V that one program takes; num_warps; num_stages of loads ahead."""
+"""BK, BV: columns of K and V that one program takes; AHEAD: whether it asks for all loads as it begins; num_warps; num_stages of
+loads ahead."""
 
 def show(plan: Plan) -> str:
     """A plan in a few words: "BK 64, BV 128, 4 warps, 2 stages"."""
@@ -115,16 +116,16 @@ class Entry:
         """The inverse of `dataclasses.asdict`, through JSON. Raises ValueError where it is anything else."""
         try:
             like = Like(**{**record["like"], "given": tuple(record["like"]["given"])})
-            plans = {str(k): {str(n): _number(x) for n, x in plan.items()} for k, plan in record["plans"].items()}
+            plans = {str(k): {str(n): _number(n, x) for n, x in plan.items()} for k, plan in record["plans"].items()}
             times = {str(k): Time(**t) for k, t in record["times"].items()}
             return cls(like, Machine(**record["machine"]), plans, times, tuple(Rejected(**r) for r in record["rejected"]))
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"not a record of tuned plans ({type(error).__name__}: {error})") from error
 
 
-def _number(x: Any) -> int:
-    if type(x) is not int or not 1 <= x <= 1024:
-        raise ValueError(f"{x!r} cannot be part of a plan")
+def _number(name: str, x: Any) -> int:
+    if type(x) is not int or not (name != "AHEAD") <= x <= 1024:
+        raise ValueError(f"{name}={x!r} cannot be part of a plan")
     return x
 
 

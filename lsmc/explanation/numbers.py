@@ -158,14 +158,16 @@ def _taken(s: Subject) -> str:
                 rows.append(f"<tr>{first}<td colspan='6' class='bad'>{html.escape(r.reason)}</td></tr>")
                 continue
             spilled = f"<td class='num bad'>{r.spills:,} B</td>" if r.spills else "<td class='num'>–</td>"
-            rest = "".join(f"<td class='num'>{x or '–'}</td>" for x in (r.wgmma, r.warps, r.stages))
+            serial = f" <span class='bad' title='{html.escape(r.serial)}'>one at a time</span>" if r.serial else ""
+            rest = "".join(f"<td class='num'>{x}</td>" for x in (f"{r.wgmma or '–'}{serial}", r.warps or "–", r.stages or "–"))
             rows.append(f"<tr>{first}{meter(r.registers / 255, str(r.registers))}{spilled}"
                         f"{meter(r.shared / H200.shared_bytes, f'{r.shared / 1024:.0f} KB')}{rest}</tr>")
     head = "".join(f"<th>{h}</th>" for h in ("kernel", "registers", "spilled", "shared memory", "wgmma", "warps", "stages"))
     versions, trouble = assembler()
     said = (f"Compiled for sm_90a by {versions}, without a GPU: bfloat16, K = {s.shape.key}, V = {s.shape.value}, chunks of "
             f"{s.shape.chunk}. A thread has at most 255 registers, a block {H200.shared_bytes // 1024} KB of shared memory; "
-            "what is spilled, here in bytes a thread, goes to memory.")
+            "what is spilled, here in bytes a thread, goes to memory. Products (wgmma) run one at a time where the assembler does "
+            "not let them run on; hover for its reason.")
     said += f" Known of ptxas {html.escape(trouble)}." if trouble else ""
     return f"<div class='wide'><table class='taken'><tr>{head}</tr>{''.join(rows)}</table></div><p class='key'>{said}</p>"
 

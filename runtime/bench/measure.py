@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -152,7 +152,8 @@ def parse_shape(text: str) -> Sizes:
 
 @dataclass
 class Subject:
-    """A method with typical inputs on a device; per-head constants stay in float32, as they are in models."""
+    """A method with typical inputs on a device; per-head constants stay in float32, as they are in models, and those that the
+    method has a value for want no gradient: nobody trains them."""
 
     declaration: Any
     shape: Sizes
@@ -169,7 +170,7 @@ class Subject:
             x = x.detach().to(self.device, self.dtype if name in drawn.per_token else torch.float32)
             if name in drawn.per_token:
                 x = x.repeat(-(-batch // few), *[1] * (x.ndim - 1))[:batch]
-            self.inputs[name] = x.requires_grad_()
+            self.inputs[name] = x.requires_grad_(name not in self.declaration.canonical.defaults)
 
     def taken(self, name: str) -> dict[str, Tensor]:
         """The inputs of a contender."""
@@ -185,7 +186,7 @@ class Subject:
         started = time.perf_counter()
         try:
             cotangent = torch.randn_like(o := function(**inputs))
-            torch.autograd.grad(o, list(inputs.values()), cotangent)
+            torch.autograd.grad(o, [*learnt(inputs).values()], cotangent)
             synchronise(self.device)
         except Exception as error:
             if contender.peer:
@@ -263,8 +264,13 @@ def decode(declaration: Any, shape: Sizes, device: str) -> Decode:
                   ceilings(device), 2 * sum(x.numel() * x.element_size() for x in given), least, graph, errors, notes)
 
 
+def learnt(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those that want a gradient."""
+    return {n: x for n, x in inputs.items() if x.requires_grad}
+
+
 def _gradients(function: Function, inputs: dict[str, Tensor], cotangent: Tensor) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(function(**inputs), list(inputs.values()), cotangent)
+    return torch.autograd.grad(function(**inputs), [*learnt(inputs).values()], cotangent)
 
 
 class _Oracle:
@@ -274,11 +280,12 @@ class _Oracle:
         self.subject, self.tokens = subject, min(PREFIX, like.shape[1])
         self.cotangent = torch.zeros_like(like)
         self.cotangent[:1, : self.tokens] = torch.randn_like(like[:1, : self.tokens])
-        exact = {n: self._prefix(n, x).detach().double().requires_grad_() for n, x in subject.inputs.items()}
+        exact = {n: self._prefix(n, x).detach().double().requires_grad_(x.requires_grad) for n, x in subject.inputs.items()}
         oracle: Callable[..., Any] = reference(subject.declaration)
         o = oracle(**exact)
-        found = torch.autograd.grad(o, list(exact.values()), self.cotangent[:1, : self.tokens].double())
-        self.wanted = {"o": o, **dict(zip(exact, found))}
+        leaves = learnt(exact)
+        found = torch.autograd.grad(o, [*leaves.values()], self.cotangent[:1, : self.tokens].double())
+        self.wanted = {"o": o, **dict(zip(leaves, found))}
 
     def _prefix(self, name: str, x: Tensor) -> Tensor:
         return x[:1, : self.tokens] if name == "o" or name in self.subject.per_token else x
@@ -287,7 +294,8 @@ class _Oracle:
         """RMS ratios of the output and of every gradient."""
         inputs = self.subject.inputs
         o = function(**inputs)
-        found = {"o": o, **dict(zip(inputs, torch.autograd.grad(o, list(inputs.values()), self.cotangent)))}
+        leaves = learnt(inputs)
+        found = {"o": o, **dict(zip(leaves, torch.autograd.grad(o, [*leaves.values()], self.cotangent)))}
         return {name: _ratio(self._prefix(name, x), self.wanted[name]) for name, x in found.items()}
 
 

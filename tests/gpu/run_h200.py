@@ -88,7 +88,7 @@ def inputs_for(c: Canonical, b: int, t: int, h: int, hv: int, k: int, v: int, dt
         else:
             x = torch.randn(shape, dtype=torch.float64, device="cuda")
             x = torch.nn.functional.normalize(x, dim=-1) if f.dims == ("K",) and f.name != "q" else x
-        out[f.name] = x.float() if f.name in gates and not token else x.to(dtype)
+        out[f.name] = x.to(dtype) if token else x.float()
     return out
 
 
@@ -208,10 +208,7 @@ def worker(name: str, until: float, full: bool) -> None:
 
 
 WHOLE = [{"num_warps": 8}, {"num_warps": 4}, {"num_warps": 2}, {"num_warps": 8, "maxnreg": 128}, {"num_warps": 4, "maxnreg": 168}]
-SPLIT = [{"num_warps": 4, "block": 64}, {"num_warps": 4, "block": 32}, {"num_warps": 4, "block": 64, "maxnreg": 168},
-         {"num_warps": 8, "block": 64}, {"num_warps": 8, "block": 128}, {"num_warps": 4, "block": 128}]
-
-
+SPLIT = [{"num_warps": 4, "block": n, "AHEAD": ahead} for n in (32, 64, 128) for ahead in (0, 1)]
 INNER = [{"num_warps": w, "block": b, "num_stages": n} for w, b, n in ((4, 64, 1), (4, 64, 2), (4, 32, 1), (4, 32, 2), (4, 32, 3),
                                                                         (8, 64, 1), (8, 64, 2), (8, 128, 1), (4, 16, 2))]
 
@@ -221,7 +218,7 @@ def candidates(k: Any) -> list[dict[str, int]]:
     if k.how == "slow":
         return []
     if k.scan:
-        return [{}, {"num_stages": 1}, {"num_stages": 3}, *({f"B{k.split}": 32} for _ in k.split or ""), {"num_warps": 4}, {"num_warps": 8}]
+        return [{f"B{k.split}": n, "num_warps": w, "num_stages": stages} for n, w in ((32, 4), (64, 4), (128, 8)) for stages in (2, 3)]
     if k.split is None:
         return WHOLE
     return [{f"B{k.split}" if n == "block" else n: x for n, x in plan.items()} for plan in (INNER if k.inner else SPLIT)]

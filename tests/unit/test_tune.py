@@ -27,7 +27,7 @@ from lsmc.lowering.tune import COLUMNS, MARGIN, MOST, Candidate, best, candidate
 from lsmc.lowering.tuned import store
 from lsmc.lowering.tuned.store import Entry, Like, Machine, Rejected, Time
 from lsmc.pipeline import Options, compile_plan
-from lsmc.runtime import tuning
+from lsmc.runtime import trials, tuning
 from lsmc.runtime.errors import LsmConfigError
 from lsmc.schedules import Shape
 from tests.interpreted import workers
@@ -146,7 +146,7 @@ def test_candidates_are_few_valid_and_begin_with_the_default(name: str, shape: S
                 changed = {n for n, x in c.plan.items() if x != usual[kernel][n]}
                 assert changed
                 split = f"B{next(k.split for k in made.kernels if k.kernel.name == kernel)}"
-                assert changed <= {split, "num_warps", "num_stages"}
+                assert changed <= {split, "AHEAD", "num_warps", "num_stages"}
                 assert split not in changed or c.plan[split] in COLUMNS
 
 
@@ -158,7 +158,7 @@ def test_one_wrong_tile_nan_or_a_wrong_gradient_is_seen_and_rounding_is_not() ->
     near = {n: x + 2e-3 * x.square().mean().sqrt() * torch.randn_like(x) for n, x in right.items()}
 
     def said(found: dict[str, torch.Tensor], dtype: str = "bfloat16") -> str:
-        return tuning.wrong(found, right, {"g"}, dtype, right, 64)
+        return trials.wrong(found, right, {"g"}, dtype, right, 64)
 
     assert said(near) == ""
     assert "o is off by" in said(near, "float32")
@@ -270,13 +270,13 @@ def test_sizes_share_a_class_up_to_the_next_power_of_two(n: int) -> None:
     assert store.rounded(size) == size
 
 
-def subject(method: str = "gla", sizes: tuple[int, int, int, int, int] = (2, 64, 2, 32, 32), **changes: Any) -> tuning.Subject:
+def subject(method: str = "gla", sizes: tuple[int, int, int, int, int] = (2, 64, 2, 32, 32), **changes: Any) -> trials.Subject:
     options = {"dtype": "float32", "gates": "float32", "scale": 1.0, "state": False, "packed": False}
-    return tuning.Subject(method, (sizes,), **(options | changes))
+    return trials.Subject(method, (sizes,), **(options | changes))
 
 
-def keys(made: tuning.Subject) -> tuple[str, ...]:
-    return tuple(store.key_of(like, HERE) for like in tuning.likes(made).values())
+def keys(made: trials.Subject) -> tuple[str, ...]:
+    return tuple(store.key_of(like, HERE) for like in trials.likes(made).values())
 
 
 def test_a_key_holds_what_decides_code_and_time() -> None:
@@ -341,24 +341,24 @@ def test_shipped_tables_are_readable() -> None:
             assert Entry.of(record).machine.ptxas
 
 
-def on_a_gpu(made: tuning.Subject) -> dict[str, Any]:
+def on_a_gpu(made: trials.Subject) -> dict[str, Any]:
     """Launches of a subject on tensors that say that they are on a GPU."""
-    call = tuning.draw(made, made.shapes[0], "typical", "meta")
+    call = trials.draw(made, made.shapes[0], "typical", "meta")
     with FakeTensorMode():
         inputs = {n: torch.empty(x.shape, dtype=x.dtype, device="cuda:0") for n, x in call.inputs.items()}
-        return tuning.launches(made, dataclasses.replace(call, inputs=inputs))
+        return trials.launches(made, dataclasses.replace(call, inputs=inputs))
 
 
 def test_a_launch_takes_adopted_plans_then_tuned_ones_then_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "machine", lambda index: HERE)
     made = subject(sizes=(64, 256, 2, 128, 128))
-    programs = tuning.compiled(made)
+    programs = trials.compiled(made)
     usual = defaults(programs["backward"], made.shape(made.shapes[0]))
     run = on_a_gpu(made)["backward"]
     assert {k.kernel.name: run.plan(k) for k in run.compiled.kernels if k.how != "slow"} == usual
-    fast, slow = tuning.pair(run.compiled, next(k.kernel.name for k in run.compiled.kernels if k.how == "slow" and k.split))
+    fast, slow = trials.pair(run.compiled, next(k.kernel.name for k in run.compiled.kernels if k.how == "slow" and k.split))
     tuned = {**usual[fast.kernel.name], f"B{fast.split}": 32, "num_stages": 3}
-    like = tuning.likes(made)[made.shapes[0], "backward"]
+    like = trials.likes(made)[made.shapes[0], "backward"]
     store.save(Entry(like, HERE, {fast.kernel.name: tuned}))
     before, run = run, on_a_gpu(made)["backward"]
     assert {k.kernel.name: run.plan(k) for k in run.compiled.kernels if k.how != "slow"} == {**usual, fast.kernel.name: tuned}
@@ -377,20 +377,20 @@ def test_a_launch_takes_adopted_plans_then_tuned_ones_then_defaults(monkeypatch:
 
 def narrow(method: str) -> dict[str, float]:
     """How much 32 columns change, for each kernel alone; gates reach the slow kernels, which share the blocks of the fast."""
-    tuning.DEVICE = "cpu"
+    trials.DEVICE = "cpu"
     torch.set_num_threads(1)
     made = subject(method, (1, 32, 1, 64, 64), dtype="float16", gates="float16")
     plan = compile_plan(getattr(lsmc.zoo, method).canonical, Options(chunk=32, schedule="two_pass", target="triton"))
-    tuning.plan_of = lambda subject: tuning.ops.plan_of(tuning.ops.register(plan))  # type: ignore[assignment]
-    call = tuning.draw(made, (1, 48, 1, 64, 64), "mixture", "cpu")
-    right, out = tuning.operate(made, call), {}
-    for direction, program in tuning.compiled(made).items():
+    trials.plan_of = lambda subject: trials.ops.plan_of(trials.ops.register(plan))  # type: ignore[assignment]
+    call = trials.draw(made, (1, 48, 1, 64, 64), "mixture", "cpu")
+    right, out = trials.operate(made, call), {}
+    for direction, program in trials.compiled(made).items():
         for k in program.kernels:
             if k.split and k.how != "slow":
-                tuning.adopt(made, made.shapes[0], {direction: {k.kernel.name: {f"B{k.split}": 32}}})
-                found = tuning.operate(made, call)
+                trials.adopt(made, made.shapes[0], {direction: {k.kernel.name: {f"B{k.split}": 32}}})
+                found = trials.operate(made, call)
                 out[k.name] = max(float((found[n] - x).abs().max() / x.abs().max()) for n, x in right.items())
-        tuning.adopt(made, made.shapes[0], {})
+        trials.adopt(made, made.shapes[0], {})
     return out
 
 
@@ -425,13 +425,13 @@ class Device:
 
     def apart(self, work: Callable[..., Any], jobs: Sequence[Any], *_: Any) -> Iterator[tuple[Any, Any]]:
         for job in jobs:
-            if work is tuning.settle:
+            if work is trials.settle:
                 yield job, (2.0, 1.0)
                 continue
             self.tried.append((work, job))
             plan = job.candidate.plan
-            yield job, {tuning.compile_trial: lambda: None, tuning.check_trial: lambda plan=plan: self.fate(plan),
-                        tuning.time_trial: lambda plan=plan, job=job: [self.time(plan)] * len(job.subject.shapes)}[work]()
+            yield job, {trials.compile_trial: lambda: None, trials.check_trial: lambda plan=plan: self.fate(plan),
+                        trials.time_trial: lambda plan=plan, job=job: [self.time(plan)] * len(job.subject.shapes)}[work]()
 
 
 def test_tuning_stores_the_best_right_plans_and_never_tries_a_wrong_one_again(
@@ -450,7 +450,7 @@ def test_tuning_stores_the_best_right_plans_and_never_tries_a_wrong_one_again(
             if "scan" in kernel:
                 assert plan["num_stages"] == 3
     assert "died of SIGSEGV" in said
-    timed = [job for work, job in device.tried if work is tuning.time_trial]
+    timed = [job for work, job in device.tried if work is trials.time_trial]
     assert timed
     assert all(Device.fate(job.candidate.plan) is None for job in timed)
     device.tried.clear()
@@ -468,7 +468,7 @@ def test_what_is_wrong_together_is_not_stored(monkeypatch: pytest.MonkeyPatch, c
     device = Device(monkeypatch)
     alone = device.apart
     monkeypatch.setattr(tuning, "apart", lambda work, jobs, *rest: (
-        ((job, Failure("wrong together")) for job in jobs) if work is tuning.settle else alone(work, jobs, *rest)))
+        ((job, Failure("wrong together")) for job in jobs) if work is trials.settle else alone(work, jobs, *rest)))
     entries = tuning.run(["bla"], shapes=["16,4096,8,128,128"])
     assert all(not e.plans for e in entries)
     assert "not stored: wrong together" in capsys.readouterr().out
