@@ -8,30 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
-import torch
 from torch.fx import GraphModule
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from lsmc.errors import LsmError
 from lsmc.lowering import ops
 from lsmc.lowering.absorb import absorb
-
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-
-
-def constant(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Tell Dynamo to run `function` on its constant arguments while tracing, and to keep the result as a constant."""
-    made: Callable[_P, _R] = torch._dynamo.assume_constant_result(function)
-    return made
-
-
-def watched() -> bool:
-    """Whether a mode looks at operators as they are called: then nothing may go past them."""
-    return is_in_torch_dispatch_mode()
-
 
 log = logging.getLogger("lsmc.passes")
 Pass = Callable[[GraphModule], list[str]]

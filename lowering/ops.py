@@ -19,6 +19,7 @@ from torch.library import triton_op
 
 from lsmc.errors import LsmDerivativeError
 from lsmc.lowering.plan import Plan, Repeat
+from lsmc.lowering.torch_private import unseen, unwrapped
 
 _PLANS: dict[str, Plan] = {}
 
@@ -102,8 +103,7 @@ def _start(plan: Plan, inputs: Sequence[Tensor], start: Sequence[Tensor], cu_seq
     return [size.like.new_zeros((n, size.heads, size.dims[r], size.dims[c]), dtype=dtype) for r, c in plan.memories]
 
 
-@triton_op("lsmc::fwd", mutates_args={})
-def fwd(inputs: Sequence[Tensor], start: Sequence[Tensor], cu_seqlens: Tensor | None, spec: str) -> list[Tensor]:
+def forward(inputs: Sequence[Tensor], start: Sequence[Tensor], cu_seqlens: Tensor | None, spec: str) -> list[Tensor]:
     """Output (B, T, HV, V) and the final memories (B, HV, K, V or 1) of the method `spec`, and what is kept."""
     plan = plan_of(spec)
     direction = plan.training if spec.endswith(KEEP) else plan.forward
@@ -120,9 +120,8 @@ def fwd(inputs: Sequence[Tensor], start: Sequence[Tensor], cu_seqlens: Tensor | 
     return [own(outputs["o"].to(size.like.dtype)), *(own(ends[c]) for c in plan.carries), *kept]
 
 
-@triton_op("lsmc::bwd", mutates_args={})
-def bwd(inputs: Sequence[Tensor], start: Sequence[Tensor], cu_seqlens: Tensor | None, d_o: Tensor,
-        d_end: Sequence[Tensor], kept: Sequence[Tensor], wanted: Sequence[bool], spec: str) -> list[Tensor]:
+def backward(inputs: Sequence[Tensor], start: Sequence[Tensor], cu_seqlens: Tensor | None, d_o: Tensor,
+             d_end: Sequence[Tensor], kept: Sequence[Tensor], wanted: Sequence[bool], spec: str) -> list[Tensor]:
     """Gradients of the `inputs` that are `wanted`, then of the initial memories; where nothing was `kept` it is worked out again. A
     cotangent in `d_end` that has no elements is zero, where the backend needs no memories."""
     plan = plan_of(spec)
@@ -130,25 +129,29 @@ def bwd(inputs: Sequence[Tensor], start: Sequence[Tensor], cu_seqlens: Tensor | 
     if d_o.shape[0] * d_o.shape[1] == 0:
         zeros = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in asked.values())
         return [*zeros, *map(_own, d_end)]
-    backward = plan.gradients(tuple(wanted))
+    direction = plan.gradients(tuple(wanted))
     keeps = plan.training.executable.keeps
     if len(kept) < len(keeps):
-        kept = fwd(inputs, start, cu_seqlens, register(plan, keep=True))[1 + len(plan.carries):]
-    first = _start(plan, inputs, start, cu_seqlens) if backward.executable.needs_memories and not keeps else start
+        kept = forward(inputs, start, cu_seqlens, register(plan, keep=True))[1 + len(plan.carries):]
+    first = _start(plan, inputs, start, cu_seqlens) if direction.executable.needs_memories and not keeps else start
     memories = dict(zip(plan.carries, first)) | {f"d_{c}": d for c, d in zip(plan.carries, d_end, strict=True)}
     taken = {"d_o": d_o, **dict(zip(plan.inputs, inputs, strict=True)), **dict(zip(keeps, kept, strict=True))}
-    program = backward.program
+    program = direction.program
     used = {*(c.name for c in program.carries), program.counter}
     memories = {n: x for n, x in memories.items() if n in used and x.numel()}
     with _as_given(d_o.device):
-        outputs, ends = backward.executable.launch(taken, memories, plan.chunk, cu_seqlens)
-    grads, own = [], _contiguous if backward.executable.fresh else _own
+        outputs, ends = direction.executable.launch(taken, memories, plan.chunk, cu_seqlens)
+    grads, own = [], _contiguous if direction.executable.fresh else _own
     for name, x in asked.items():
         d = outputs[f"d_{name}"]
         if d.ndim > 2 and d.shape[2] != x.shape[2]:  # value heads that share a query/key head
             d = d.unflatten(2, (x.shape[2], -1)).sum(3)
         grads.append(own(d.reshape(x.shape).to(x.dtype)))
     return [*grads, *(own(ends[f"d_{c}"]) for c in plan.carries)]
+
+
+fwd = triton_op("lsmc::fwd", mutates_args={})(forward)
+bwd = triton_op("lsmc::bwd", mutates_args={})(backward)
 
 
 def _as_given(device: torch.device) -> AbstractContextManager[Any]:
@@ -195,7 +198,8 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None], wanted: Sequence[bool] |
     zeros = plan_of(ctx.spec).backward.executable.needs_memories or d_o.shape[0] * d_o.shape[1] == 0
     d_end = [tensors[0].new_zeros(s if zeros else (0,), dtype=t) if d is None else d
              for d, (s, t) in zip(d_end, ctx.ends, strict=True)]
-    out = iter(bwd(tensors, start, cu_seqlens, d_o, d_end, kept, wanted, ctx.spec))
+    with unwrapped() if (direct := not torch.is_grad_enabled() and unseen([d_o, *saved])) else nullcontext():
+        out = iter((backward if direct else bwd)(tensors, start, cu_seqlens, d_o, d_end, kept, wanted, ctx.spec))
     gradients = [next(out) if is_wanted else None for is_wanted in wanted]
     return gradients, (list(out) if m else []), None, None
 
@@ -206,7 +210,10 @@ def _no_second(ctx: Any, *grads: Any) -> Any:
 
 
 class _Eager(torch.autograd.Function):
-    """`lsmc::fwd` with its derivative, tensor by tensor: lists of tensors would be flattened and restored in every call."""
+    """`lsmc::fwd` with its derivative, tensor by tensor: lists of tensors would be flattened and restored in every call.
+
+    Where torch's transforms may look: `_Unseen` is the shorter way.
+    """
 
     @staticmethod
     def forward(spec: str, counted: int, cu_seqlens: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -225,13 +232,31 @@ class _Eager(torch.autograd.Function):
         return None, None, None, *inputs, *start
 
 
+class _Unseen(torch.autograd.Function):
+    """What `lsmc::fwd` does, and its derivative, where nobody sees the operator."""
+
+    @staticmethod
+    def forward(ctx: Any, spec: str, counted: int, cu_seqlens: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+        output = tuple(forward(list(tensors[:counted]), list(tensors[counted:]), cu_seqlens, spec))
+        _Eager.setup_context(ctx, (spec, counted, cu_seqlens, *tensors), output)
+        return output
+
+    backward = _Eager.backward
+
+
 def run(inputs: Sequence[Tensor], start: Sequence[Tensor], cu_seqlens: Tensor | None, spec: str,
         keep: bool = True) -> Sequence[Tensor]:
-    """`lsmc::fwd`, differentiable: the operator itself where a graph is made of it, else by the shorter way. What it keeps for
+    """`lsmc::fwd`, differentiable: the operator itself where somebody may look at it, else by the shorter way. What it keeps for
     the backward, if one can come, follows the final memories."""
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *start))
     if keep and learns:
         spec += KEEP
+    if unseen((*inputs, *start)):
+        with unwrapped():
+            if not learns:
+                return forward(inputs, start, cu_seqlens, spec)
+            direct: tuple[Tensor, ...] = _Unseen.apply(spec, len(inputs), cu_seqlens, *inputs, *start)
+            return direct
     if torch.compiler.is_compiling() or not learns:
         out: list[Tensor] = torch.ops.lsmc.fwd(inputs, start, cu_seqlens, spec)
         return out

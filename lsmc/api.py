@@ -24,8 +24,9 @@ from lsmc.errors import (
 )
 from lsmc.expr import Field
 from lsmc.lowering import ops
-from lsmc.lowering.inductor import PASSES, compile_graph, constant, watched
+from lsmc.lowering.inductor import PASSES, compile_graph
 from lsmc.lowering.plan import Repeat, backend
+from lsmc.lowering.torch_private import constant, watched
 from lsmc.lsm import LSM, attach, declared
 from lsmc.pipeline import CHUNK, TYPICAL, Options, compile_plan
 from lsmc.runtime.insert import passes

@@ -115,7 +115,7 @@ class Canonical:
     momentum: sympy.Expr | None = None
     block: int | None = None
 
-    @property
+    @cached_property
     def states(self) -> tuple[Field, ...]:
         """The memories that a step hands to the next, in the order of the state: M; I, the imaginary part of a complex
         one; P, what momentum accumulates; Z, the normaliser; Mb, the bias; in blocks of several tokens M0 and Mb0, M and Mb
@@ -126,33 +126,33 @@ class Canonical:
                  "Mb0": (blocks and self.bias, ("V",)), "Mt": (blocks, ())}  # fmt: skip
         return tuple(Field(name, dims) for name, (is_there, dims) in there.items() if is_there)
 
-    @property
+    @cached_property
     def bias(self) -> bool:
         """Whether there is a row Mb of keys 1."""
         return "Mb" in {*(r.of for r in self.reads), *(y.of for y in self.queries)}
 
-    @property
+    @cached_property
     def square(self) -> bool:
         """Whether K = V: some vector over one of them is taken for one over the other."""
         return any(expr.has(Over) for expr in (*self.keys, *(w.value for w in self.writes), self.output, *self.decays))
 
-    @property
+    @cached_property
     def matrix(self) -> bool:
         """Whether entries of the memory decay, or turn, each by a factor of its own."""
         turns_along_v = self.phase is not None and (self.decay_v is not None or "V" in dims_of(self.phase))
         return self.decay_kv is not None or turns_along_v
 
-    @property
+    @cached_property
     def keys(self) -> tuple[sympy.Expr, ...]:
         """Of reads, writes and queries."""
         return *(r.key for r in self.reads), *(w.key for w in self.writes), *(y.key for y in self.queries)
 
-    @property
+    @cached_property
     def rows(self) -> str:
         """What the rows of the memory run over: "K", or "F", the K·K pairs."""
         return "F" if any(rows_of(key) == {"F"} for key in self.keys) else "K"
 
-    @property
+    @cached_property
     def decays(self) -> tuple[sympy.Expr, ...]:
         """The log decays there are: of the memory along K, V and both, and of what momentum accumulates."""
         parts = self.decay_k, self.decay_v, self.decay_kv, self.momentum

@@ -48,6 +48,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from tokenize import TokenError
 from typing import Any
 
@@ -157,7 +158,7 @@ class Program:
         """The input operations, of the given roles (all without any)."""
         return (op for op in self.ops if op.kind == "input" and (not roles or op.attr("role") in roles))
 
-    @property
+    @cached_property
     def counter(self) -> str | None:
         """The memory of one number, if one is read: how many tokens of a block have been when a chunk begins. The valid
         rows of a chunk lie in one block."""

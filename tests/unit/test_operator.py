@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lsmc
 from lsmc import LSM, M, Scalar, Vector, errors, k, outer, q, reference, vector
@@ -78,15 +79,16 @@ def ratio(x: Tensor, y: Tensor) -> float:
 
 @contextlib.contextmanager
 def asked() -> Iterator[list[list[bool]]]:
-    """Which gradients each call of `lsmc::bwd` is asked for meanwhile."""
+    """Which gradients each call of `lsmc::bwd`, or of what it does, is asked for meanwhile."""
     seen: list[list[bool]] = []
-    operator = ops.bwd
 
-    def bwd(*args: Any) -> list[Tensor]:
-        seen.append(list(args[6]))
-        return operator(*args)
+    def noted(function: Any) -> Any:
+        def call(*args: Any) -> list[Tensor]:
+            seen.append(list(args[6]))
+            return function(*args)
+        return call
 
-    with patch.object(ops, "bwd", bwd):
+    with patch.multiple(ops, bwd=noted(ops.bwd), backward=noted(ops.backward)):
         yield seen
 
 
@@ -162,6 +164,36 @@ def test_gradients_of_some_inputs_are_those_of_all(drawn: Drawn, flags: list[boo
     for x, y in zip(found, [g for n, g in named.items() if wanted.get(n, True)], strict=True):
         torch.testing.assert_close(x, y)
     assert seen == [[*wanted.values()]]
+
+
+class Names(TorchDispatchMode):
+    """Notes the names of the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@each(lsmc.zoo.kda, lsmc.zoo.deltanet, lsmc.zoo.mamba)
+def test_a_mode_sees_the_operators_and_without_one_their_bodies_give_the_same(op: LSM) -> None:
+    given = sample(op, Case(batch=2, time=9, groups=2, key_dim=3, value_dim=2, initial_state=True))
+
+    def everything() -> list[Tensor]:
+        outputs = run(op, given.inputs, given.state, chunk=4)
+        return [*outputs, *gradients(outputs, given.leaves())]
+
+    with Names() as names:
+        seen = everything()
+    assert {"lsmc.fwd.default", "lsmc.bwd.default"} <= {*names.seen}
+    with patch.object(ops, "bwd", None):
+        direct = everything()
+    assert "Unseen" in direct[0].grad_fn.name()
+    for x, y in zip(seen, direct, strict=True):
+        assert torch.equal(x, y)
 
 
 def test_graphs_ask_for_the_gradients_that_are_wanted() -> None:
