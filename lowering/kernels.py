@@ -6,9 +6,12 @@ compared with the expected text before they are imported.
 
 from __future__ import annotations
 
+import ast
+import functools
 import hashlib
 import importlib.util
 import os
+import re
 import stat
 import sys
 import tempfile
@@ -19,6 +22,32 @@ from types import ModuleType
 def digest(text: str) -> str:
     """The content hash by which a generated source is named."""
     return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def reached(library: str, source: str) -> str:
+    """Of a library's source what another source gets to by name: its functions, those that they name, without what they say of
+    themselves; and all that is no function."""
+    rest, functions = _parts(library)
+    todo, found = {*re.findall(r"\w+", source)}, set[str]()
+    while todo := todo & functions.keys() - found:
+        found |= todo
+        todo = {name for one in todo for name in functions[one][1]}
+    return "\n".join([rest, *(functions[name][0] for name in sorted(found))])
+
+
+@functools.cache
+def _parts(library: str) -> tuple[str, dict[str, tuple[str, frozenset[str]]]]:
+    """What is no function, and the text of each function with the names in it."""
+    rest, functions = list[str](), dict[str, tuple[str, frozenset[str]]]()
+    for part in ast.parse(library).body:
+        if not isinstance(part, ast.FunctionDef):
+            rest += [] if isinstance(part, ast.Expr) else [ast.unparse(part)]
+            continue
+        if ast.get_docstring(part) is not None:
+            part.body = part.body[1:] or [ast.Pass()]
+        names = frozenset(n.id for n in ast.walk(part) if isinstance(n, ast.Name))
+        functions[part.name] = ast.unparse(part), names
+    return "\n".join(rest), functions
 
 
 def private_dir(part: str) -> Path | None:

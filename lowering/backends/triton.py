@@ -58,7 +58,7 @@ class Compiled:
         self.keeps = tuple(n for n, _ in self.program.kept)
         if self.keeps and self.flags:
             self.keeps += ("_flags",)
-        self.hash = kernels.digest(self.source + getsource(triton_tiles))
+        self.hash = kernels.digest(self.source + kernels.reached(getsource(triton_tiles), self.source))
         self.plans: Mapping[str, Plan] = {}
         self.recordings: dict[Likeness, _Recorded] = {}
 

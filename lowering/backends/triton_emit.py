@@ -8,6 +8,7 @@ few values are alive.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
@@ -71,10 +72,12 @@ def emit(program: Program, schedule: Schedule, flagged: bool = False,
             flagged = True
         parts += [w.run() for w in writers]
     programs = "\n\n".join(dict.fromkeys(str(p) for p in (program, *(p.kernel.of(program) for p in cut))))
+    body = "\n".join(p.source for p in parts)
+    called = {*re.findall(r"\w+", body)}
     head = ['"""Generated from:', "", *programs.replace("\\", "").splitlines(), "", *str(schedule).splitlines(), '"""', "",
             "import triton", "import triton.language as tl", "",
-            "from lsmc.lowering.backends.triton_tiles import (", f"    {', '.join(TILES)},", ")", ""]
-    text = "\n".join([*head, *(p.source for p in parts)])
+            "from lsmc.lowering.backends.triton_tiles import (", f"    {', '.join(t for t in TILES if t in called)},", ")", ""]
+    text = "\n".join([*head, body])
     return f"# {digest(text)}\n{text}", tuple(parts)
 
 

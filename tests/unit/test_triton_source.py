@@ -15,6 +15,7 @@ from lsmc.adjoint import differentiate
 from lsmc.chunk import derive
 from lsmc.factors import hoist
 from lsmc.ir import Builder
+from lsmc.lowering.kernels import reached
 from lsmc.lowering.plan import able
 from lsmc.lsm import LSM
 from lsmc.pipeline import Options, compile_plan
@@ -117,3 +118,28 @@ def test_what_is_subtracted_from_one_another_is_rounded_alike(method: LSM) -> No
     for op in program.ops:
         if op.kind == "sum" and op.attr("axis") == 0:
             assert not any(pair <= Counter(product(b, op.args[0])[1]) for pair in rounded), op
+
+
+LIBRARY = '''
+"""A library."""
+SCALE = 2
+
+def inner(x):
+    """What it says."""
+    return SCALE * x
+
+def outer(x):
+    return inner(x) + 1
+
+def other(x):
+    return -x
+'''
+
+
+@pytest.mark.parametrize(("old", "new", "seen"), [
+    ("SCALE * x", "SCALE + x", True), ("SCALE = 2", "SCALE = 3", True), ("+ 1", "+ 2", True),
+    ("return -x", "return x", False), ("What it says", "Something else", False), ("A library", "The library", False)])
+def test_what_a_kernel_does_is_keyed_by_the_functions_that_it_gets_to(old: str, new: str, seen: bool) -> None:
+    source = "def kernel(x):\n    return outer(x)\n"
+    assert LIBRARY.count(old) == 1
+    assert (reached(LIBRARY, source) != reached(LIBRARY.replace(old, new), source)) == seen
