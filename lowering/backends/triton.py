@@ -416,16 +416,29 @@ def plan_of(k: Emitted, key: int, value: int, sequences: int, chunk: int, elemen
     size = {"K": max(16, triton.next_power_of_2(key)), "V": max(16, triton.next_power_of_2(value))}
     whole = k.split is None and bool(k.carries)
     warps = 8 if whole or k.kernel.part == "combine" else 4  # memories of all columns, exact products: the registers of eight
-    stages = 2 if whole or k.inner else 1  # with three, loops over blocks of a chunk read what was not there yet
-    columns = 0
-    if k.scan and not whole:
-        columns, warps, stages = _scanning(k, {"T": chunk, "1": 1, "F": key, **size}, sequences, warps, element_bytes)
+    stages = 2 if k.inner else 1  # with three, loops over blocks of a chunk read what was not there yet
+    extent, columns = {"T": chunk, "1": 1, "F": key, **size}, 0
+    if whole:
+        stages = 2 if _fits(element_bytes * _loaded(k, extent), max(size.values())) else 1
+    elif k.scan:
+        columns, warps, stages = _scanning(k, extent, sequences, warps, element_bytes)
     elif k.split in size:
         columns = k.block(chunk) if ptxas.sound() else WIDE
     if k.split in size:
         size[k.split] = min(size[k.split], columns)
     ahead = {} if k.ahead is None else {"AHEAD": int(k.ahead)}
     return {"BK": size["K"], "BV": size["V"], **ahead, "num_warps": warps, "num_stages": stages}
+
+
+def _loaded(k: Emitted, extent: dict[str, int]) -> int:
+    """Numbers that a scan loads for one chunk."""
+    tiles = [*(op.dims for op in (*k.inputs, *k.takes)), *[("K", "V")] * len(k.loads)]
+    return sum(extent[r] * extent[c] for r, c in tiles)
+
+
+def _fits(loaded: int, columns: int) -> bool:
+    """Whether two chunks' loads of so many bytes surely have room beside what products take."""
+    return 2 * loaded + 1.5 * OPERANDS * columns**2 <= H200.shared_bytes
 
 
 def _scanning(k: Emitted, extent: dict[str, int], sequences: int, warps: int, element_bytes: int) -> tuple[int, int, int]:
@@ -438,12 +451,12 @@ def _scanning(k: Emitted, extent: dict[str, int], sequences: int, warps: int, el
     split = k.split or "1"
     full = extent[split]
     usual = min(full, k.block(extent["T"]) if k.carries or ptxas.sound() else WIDE)  # a slow kernel's are those of its pair
-    tiles = [*(op.dims for op in (*k.inputs, *k.takes)), *[("K", "V")] * len(k.loads)]
+
+    def loaded(columns: int) -> int:
+        return element_bytes * _loaded(k, {**extent, split: columns})
 
     def resident(columns: int, stages: int) -> int:
-        sized = {**extent, split: columns}
-        loaded = element_bytes * sum(sized[r] * sized[c] for r, c in tiles)
-        return min(2, int(H200.shared_bytes // (stages * loaded + OPERANDS * columns**2)))
+        return min(2, int(H200.shared_bytes // (stages * loaded(columns) + OPERANDS * columns**2)))
 
     programs = sequences * -(-full // usual)
     alone = programs <= H200.units
@@ -457,4 +470,6 @@ def _scanning(k: Emitted, extent: dict[str, int], sequences: int, warps: int, el
         if not alone and room and usual < full and sequences <= H200.units:
             return full, 8, 2
     deep = resident(usual, 3)
-    return usual, warps, 3 if deep and (alone and not k.kernel.part or deep == resident(usual, 2)) else 2
+    if deep and (alone and not k.kernel.part or deep == resident(usual, 2)):
+        return usual, warps, 3
+    return usual, warps, 2 if _fits(loaded(usual), usual) else 1

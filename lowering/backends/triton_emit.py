@@ -73,10 +73,11 @@ def emit(program: Program, schedule: Schedule, flagged: bool = False,
         parts += [w.run() for w in writers]
     programs = "\n\n".join(dict.fromkeys(str(p) for p in (program, *(p.kernel.of(program) for p in cut))))
     body = "\n".join(p.source for p in parts)
-    called = {*re.findall(r"\w+", body)}
+    written = {*re.findall(r"\w+", body)}
+    called = ", ".join(name for name in TILES if name in written)
     head = ['"""Generated from:', "", *programs.replace("\\", "").splitlines(), "", *str(schedule).splitlines(), '"""', "",
             "import triton", "import triton.language as tl", "",
-            "from lsmc.lowering.backends.triton_tiles import (", f"    {', '.join(t for t in TILES if t in called)},", ")", ""]
+            *(["from lsmc.lowering.backends.triton_tiles import (", f"    {called},", ")", ""] if called else [])]
     text = "\n".join([*head, body])
     return f"# {digest(text)}\n{text}", tuple(parts)
 
@@ -285,7 +286,8 @@ class Writer(Values):
             one = f"{mask}{' & (rK == cV)' if self.kernel.part == 'factor' else ''}"
             self.line(f"    m_{c.name} = tl.where({one}, tl.full([{SIZE[r]}, {SIZE[k]}], 1.0, tl.float32), 0.0)")
         else:
-            self.line(f"    m_{c.name} = nothing({SIZE[r]}, {SIZE[k]}, length)")
+            zeros = f"tl.zeros([{SIZE[r]}, {SIZE[k]}], tl.float32)" if self.walks else f"nothing({SIZE[r]}, {SIZE[k]}, length)"
+            self.line(f"    m_{c.name} = {zeros}")
 
     def _end(self, c: Carry) -> None:
         offset, mask, _ = self._memory(c)
