@@ -28,6 +28,7 @@ from lsmc.errors import LsmError
 from lsmc.lowering.backends import triton as backend
 from lsmc.lowering.plan import Plan
 from lsmc.pipeline import CHUNK, Options, compile_plan
+from lsmc.runtime.trials import milliseconds
 from lsmc.schedules import Shape
 
 BOUND = {"o": 5e-3, "end": 5e-3, "gate": 2e-2, "grad": 8e-3}
@@ -222,25 +223,6 @@ def candidates(k: Any) -> list[dict[str, int]]:
     if k.split is None:
         return WHOLE
     return [{f"B{k.split}" if n == "block" else n: x for n, x in plan.items()} for plan in (INNER if k.inner else SPLIT)]
-
-
-def milliseconds(call: Any, count: int = 5) -> float:
-    """The median of a few runs as a CUDA graph: device time without the host's."""
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    graph.replay()
-    marks = []
-    for _ in range(count):
-        a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        a.record()
-        graph.replay()
-        b.record()
-        marks.append((a, b))
-    torch.cuda.synchronize()
-    return sorted(a.elapsed_time(b) for a, b in marks)[count // 2]
 
 
 def timings(name: str, kernels: bool, until: float) -> list[dict[str, Any]]:
