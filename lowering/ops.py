@@ -198,7 +198,7 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None], wanted: Sequence[bool] |
     zeros = plan_of(ctx.spec).backward.executable.needs_memories or d_o.shape[0] * d_o.shape[1] == 0
     d_end = [tensors[0].new_zeros(s if zeros else (0,), dtype=t) if d is None else d
              for d, (s, t) in zip(d_end, ctx.ends, strict=True)]
-    with unwrapped() if (direct := not torch.is_grad_enabled() and unseen([d_o, *saved])) else nullcontext():
+    with unwrapped() if (direct := not torch.is_grad_enabled() and unseen([d_o, *d_end, *saved])) else nullcontext():
         out = iter((backward if direct else bwd)(tensors, start, cu_seqlens, d_o, d_end, kept, wanted, ctx.spec))
     gradients = [next(out) if is_wanted else None for is_wanted in wanted]
     return gradients, (list(out) if m else []), None, None

@@ -30,11 +30,12 @@ def watched() -> bool:
 
 
 def unseen(tensors: Iterable[Tensor]) -> bool:
-    """Whether nobody would see an operator on these tensors: no mode, tracer, transform or tensor of another kind. Its body can
-    then be called itself, past the dispatcher, which takes the host longer than all else of a call."""
+    """Whether nobody would see an operator on these tensors: no mode, tracer, transform, tensor of another kind or view whose
+    numbers the dispatcher would work out first (negated, or zeros without a place). Its body can then be called itself, past the
+    dispatcher, which takes the host longer than all else of a call."""
     if _wrapping is None or torch.compiler.is_compiling() or watched() or torch._C._are_functorch_transforms_active():
         return False
-    return all(type(x) in (Tensor, Parameter) for x in tensors)
+    return all(type(x) in (Tensor, Parameter) and not (x.is_neg() or x._is_zerotensor()) for x in tensors)
 
 
 def unwrapped() -> AbstractContextManager[Any]:

@@ -10,24 +10,24 @@ from collections.abc import Iterable, Iterator
 
 from lsmc.ir import Op, Program
 from lsmc.lowering.backends.triton_cut import Piece
+from lsmc.lowering.backends.triton_values import SIZE
 
 EXTENT = {"T": "C", "K": "K", "V": "V", "F": "F", "1": "1"}
-COLUMNS = {"T": "C", "K": "BK", "V": "BV", "F": "BK", "1": "1"}
 
 
 def lines(split: str | None, inputs: Iterable[Op], tiles: Iterable[tuple[str, Op]]) -> Iterator[str]:
     """Statements that ask for the rows of these token inputs, and of tiles that lie in memory under a pointer's name."""
     def first(d: str) -> str:
-        return f"block * {COLUMNS[d]}" if d == split else "0"
+        return f"block * {SIZE[d]}" if d == split else "0"
 
     for op in inputs:
         n, k = op.attr("name"), op.dims[1]
-        yield f"ahead(p_{n} + time.to(tl.int64) * st_{n} + row * st_{n}, rows, {first(k)}, {COLUMNS[k]}, {EXTENT[k]})"
+        yield f"ahead(p_{n} + time.to(tl.int64) * st_{n} + row * st_{n}, rows, {first(k)}, {SIZE[k]}, {EXTENT[k]})"
     for name, op in tiles:
         r, k = op.dims
         rows, inside = ("row", "row < C") if r == "T" else ("row * 0", "row < 1") if r == "1" else (f"r{r}", f"inr{r}")
         at = f"{name} + saved * ({EXTENT[r]} * {EXTENT[k]}) + {rows} * {EXTENT[k]}"
-        yield f"ahead({at}, {inside}, {first(k)}, {COLUMNS[k]}, {EXTENT[k]})"
+        yield f"ahead({at}, {inside}, {first(k)}, {SIZE[k]}, {EXTENT[k]})"
 
 
 def pays(program: Program, piece: Piece) -> bool:

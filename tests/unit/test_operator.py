@@ -20,6 +20,7 @@ import lsmc
 from lsmc import LSM, M, Scalar, Vector, errors, k, outer, q, reference, vector
 from lsmc.cases import GATES, Case, Sample, sample, tensors
 from lsmc.lowering import ops
+from lsmc.lowering.torch_private import unseen
 from lsmc.pipeline import Options, compile_plan
 from tests.declarations import Drawn, declarations
 
@@ -194,6 +195,17 @@ def test_a_mode_sees_the_operators_and_without_one_their_bodies_give_the_same(op
     assert "Unseen" in direct[0].grad_fn.name()
     for x, y in zip(seen, direct, strict=True):
         assert torch.equal(x, y)
+
+
+@each(lsmc.zoo.gla)
+def test_views_that_negate_go_by_the_operator(op: LSM) -> None:
+    """Their numbers in memory have the other sign, which the dispatcher sees to and a kernel would not."""
+    given = sample(op, Case(batch=1, time=9, key_dim=3, value_dim=2))
+    negated = {n: torch.complex(torch.zeros_like(x), -x.detach()).conj().imag for n, x in given.inputs.items()}
+    assert all(x.is_neg() for x in negated.values())
+    assert not unseen(negated.values())
+    assert unseen(given.inputs.values())
+    torch.testing.assert_close(op(**negated), op(**given.inputs))
 
 
 def test_graphs_ask_for_the_gradients_that_are_wanted() -> None:
