@@ -29,7 +29,7 @@ import sympy
 from lsmc.canonical import Canonical, Query, Read, bent
 from lsmc.errors import LsmNoChunkFormError, LsmNotAffineError
 from lsmc.expr import Field, Max, Over, Pairs, Sum, dims_of, number, show
-from lsmc.functions import step
+from lsmc.functions import bounded, step
 from lsmc.ir import Builder, Carry, Dims, Program, operand, prune, verify
 
 MEMORY, IMAGINARY, ACCUMULATOR, NORMALIZER, BIAS, COUNT = "M", "I", "P", "Z", "Mb", "Mt"
@@ -112,6 +112,8 @@ class _Derivation:
         if expr is None:
             return None
         g = self.lower(expr)
+        if self.b.dims(g) == ("1", "1"):  # its sums are multiples, of which none is that of infinity by 0
+            g = self.b.map(bounded(operand(0)), g)
         return self.b.valid(self.b.expand(g, ("T", self.b.dims(g)[1])))
 
     def lower(self, expr: sympy.Expr, dims: Dims | None = None) -> int:
@@ -163,12 +165,12 @@ class _Derivation:
     def _added(self, at: str) -> int:
         """How much of P_l the memory that token i reads holds: e^{g over (l, i]}, (T, T)."""
         assert self.gk is not None
-        return self.b.emit("between", ("T", "T"), self.gk, strict=at != "updated", before=at == "previous")
+        return self.b.between(self.gk, strict=at != "updated", before=at == "previous")
 
     def _accumulated(self) -> int:
         """How much of the write of token j the accumulator P_l holds: e^{μ over (j, l]}, (T, T)."""
         assert self.momentum is not None
-        return self.b.emit("between", ("T", "T"), self.momentum, strict=False, before=False)
+        return self.b.between(self.momentum, strict=False, before=False)
 
     def _scan(self, at: str, writes: list[_Written], query: int | None = None) -> int:
         """What a query finds at every token, or a part of the memory after the chunk, under a decay over (K, V)."""

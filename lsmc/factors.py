@@ -1,11 +1,15 @@
 """Row factors leave matrix products: (s ⊙ X) Y = s ⊙ (X Y) for one number s per row.
 
 What enters a product is then what was loaded, as it was loaded; and the same product with different factors is computed once.
+So are weights of pairs of tokens with their decay, which gradients take apart: (S ⊙ dP) ⊙ D = P ⊙ dP where P = S ⊙ D is there.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+
+import sympy
 
 from lsmc.ir import Builder, Op, Program, operand, prune, verify
 
@@ -22,7 +26,33 @@ def hoist(program: Program) -> Program:
             new[op.id] = b.mul(b.matmul(x, args[1], tb=op.attr("tb")), s)
         else:
             new[op.id] = b.map(op.attr("expr"), *args) if op.kind == "map" else b.emit(op.kind, op.dims, *args, **dict(op.attrs))
-    return verify(prune(program.rebuilt(b.ops, new)))
+    return verify(prune(regrouped(program.rebuilt(b.ops, new))))
+
+
+def regrouped(program: Program) -> Program:
+    """`program` with products of three (T, T) tiles taken by way of a product of two of them that came before."""
+    b, new, pairs = Builder(), dict[int, int](), dict[frozenset[int], int]()
+    users = Counter(a for op in program.ops for a in op.args)
+    ends = {i for _, i in (*program.outputs, *program.kept, *program.taken)}
+
+    def multiplied(i: int) -> list[int] | None:
+        """The operands of a product of (T, T) tiles."""
+        op = program.index[i]
+        alike = op.kind == "map" and op.dims == ("T", "T") and all(program.index[a].dims == op.dims for a in op.args)
+        return [*op.args] if alike and op.attr("expr") == sympy.Mul(*(operand(n) for n in range(len(op.args)))) else None
+
+    for op in program.ops:
+        args = [new[a] for a in op.args]
+        whole = multiplied(op.id)
+        tiles = [x for a in whole or () for x in (users[a] == 1 and a not in ends and multiplied(a) or [a])]
+        known = [pair for pair in pairs if len(tiles) == len({*tiles}) == 3 and pair <= {*tiles}]
+        if known:
+            new[op.id] = b.mul(new[pairs[known[0]]], *(new[i] for i in tiles if i not in known[0]))
+        else:
+            new[op.id] = b.map(op.attr("expr"), *args) if op.kind == "map" else b.emit(op.kind, op.dims, *args, **dict(op.attrs))
+        if whole and len({*whole}) == 2:
+            pairs.setdefault(frozenset(whole), op.id)
+    return program.rebuilt(b.ops, new)
 
 
 def factor(ops: Mapping[int, Op] | Sequence[Op], i: int) -> tuple[int, int] | None:

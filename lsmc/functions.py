@@ -118,6 +118,10 @@ class softplus(_Elementwise):
 class relu(_Elementwise):
     """max(x, 0); its derivative at 0 is 0."""
 
+    @classmethod
+    def eval(cls, x: sympy.Expr) -> sympy.Expr | None:
+        return max(x, sympy.S.Zero) if x.is_Rational else None
+
     def fdiff(self, argindex: int = 1) -> sympy.Expr:
         return step(self.args[0])
 
@@ -133,6 +137,18 @@ class step(_Elementwise):
 
     def _eval_is_nonnegative(self) -> bool:
         return True
+
+
+class bounded(_Elementwise):
+    """max(x, −1024), of a log decay: e^x is the same number, 0 where that is below all of float64's, and no multiple is NaN.
+    Its derivative is 1, as what is made of such x does not change."""
+
+    @classmethod
+    def eval(cls, x: sympy.Expr) -> sympy.Expr | None:
+        return x if x.is_number and x > -1024 else None
+
+    def fdiff(self, argindex: int = 1) -> sympy.Expr:
+        return sympy.S.One
 
 
 class elu(_Elementwise):
@@ -212,6 +228,7 @@ FUNCTIONS: dict[str, FunctionSpec] = {
         ),
         FunctionSpec("relu", relu, "torch.relu({0})", "tl.maximum({0}, 0)"),
         FunctionSpec("step", step, "torch.relu(torch.sign({0}))", "tl.where({0} > 0, 1.0, 0.0)"),
+        FunctionSpec("bounded", bounded, "torch.clamp({0}, min=-1024)", "tl.maximum({0}, -1024)"),
         FunctionSpec("elu", elu, "torch.nn.functional.elu({0})", f"tl.where({{0}} > 0, {{0}}, {_EXPM1})"),
         FunctionSpec("erf", erf, "torch.erf({0})", "tl.erf({0})"),
         FunctionSpec("tanh", sympy.tanh, "torch.tanh({0})", _TANH),

@@ -56,7 +56,7 @@ import sympy
 from sympy.core.parameters import distribute
 
 from lsmc.errors import LsmError
-from lsmc.functions import FUNCTIONS, exp
+from lsmc.functions import FUNCTIONS, exp, relu
 
 Dims = tuple[str, str]
 
@@ -254,6 +254,8 @@ class Builder:
         r, c = self.dims(a)
         if (r, c)[axis] == "1":
             return a
+        if axis == 0 and (x := self.steady(a)) is not None:
+            return self.mul(x, self.sum(self._ones(a), axis=0))
         return self.emit("sum", ("1", c) if axis == 0 else (r, "1"), a, axis=axis)
 
     def reduce_to(self, a: int, dims: Dims) -> int:
@@ -264,7 +266,32 @@ class Builder:
         return self.expand(a, dims)
 
     def cumsum(self, a: int, reverse: bool = False, exclusive: bool = False) -> int:
+        if (x := self.steady(a)) is not None:
+            return self.mul(x, self.cumsum(self._ones(a), reverse, exclusive))
         return self.emit("cumsum", self.dims(a), a, reverse=reverse, exclusive=exclusive)
+
+    def between(self, g: int, strict: bool, before: bool) -> int:
+        """D_ij = exp(sum of g over (j, i]), masked: of one number, times how many tokens lie there, the same in every chunk."""
+        x = self.steady(g)
+        if x is None:
+            return self.emit("between", ("T", "T"), g, strict=strict, before=before)
+        ones = self.expand(self.map(1), ("T", "1"))
+        apart = self.map(relu(operand(0) - operand(1)), self.cumsum(ones, exclusive=before), self.transpose(self.cumsum(ones)))
+        return self.mask(self.exp(self.mul(x, apart)), strict)
+
+    def steady(self, a: int) -> int | None:
+        """The number of every token there is, where it is one for all of them, and not 1, which counts them."""
+        op = self.ops[a]
+        op = self.ops[op.args[0]] if op.kind == "valid" else op
+        if op.kind != "expand" or op.dims != ("T", "1") or self.dims(op.args[0]) != ("1", "1"):
+            return None
+        one = self.ops[op.args[0]]
+        return None if one.kind == "map" and one.attr("expr") == 1 else one.id
+
+    def _ones(self, a: int) -> int:
+        """1 for every token that has the number of a steady value."""
+        ones = self.expand(self.map(1), self.dims(a))
+        return self.valid(ones) if self.ops[a].kind == "valid" else ones
 
     def valid(self, a: int) -> int:
         if self.ops[a].kind == "pairs":  # so that it stays one
@@ -283,7 +310,7 @@ class Builder:
             p = self.mask(args["P"], strict)
             return self.matmul(p, args["Y"]) if wrt == "X" else self.matmul(p, args["X"], ta=True)
         if self.dims(g)[1] == "1":  # a scalar decay factors out of the sum over d
-            d = self.emit("between", ("T", "T"), g, strict=strict, before=before)
+            d = self.between(g, strict, before)
             if wrt == "P":
                 return self.mul(self.matmul(args["X"], args["Y"], tb=True), d)
             p = self.mul(args["P"], d)

@@ -33,6 +33,7 @@ _TORCH: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
     "step": lambda x: (x > 0).to(x.dtype),
     "elu": torch.nn.functional.elu,
+    "bounded": lambda x: x.clamp(min=-1024),
     "erf": torch.erf,
     "tanh": torch.tanh,
     "sin": torch.sin,

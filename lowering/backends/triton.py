@@ -467,7 +467,7 @@ def _scanning(k: Emitted, extent: dict[str, int], sequences: int, warps: int, el
                 if resident(half, stages) == 2:
                     return half, warps, stages
         room = resident(usual, 2) < 2 and resident(full, 2) and element_bytes == 2  # float32 is slow to compile so wide
-        if not alone and room and usual < full and sequences <= H200.units:
+        if not alone and not k.stores and room and usual < full and sequences <= H200.units:
             return full, 8, 2
     deep = resident(usual, 3)
     if deep and (alone and not k.kernel.part or deep == resident(usual, 2)):

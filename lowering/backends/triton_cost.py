@@ -6,6 +6,7 @@ The constants were fitted to single kernels measured on an H200 (docs/benchmarks
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from lsmc.ir import Op, Program
@@ -43,8 +44,6 @@ WALK = 3
 """Elementwise operations for each entry of the memory and token."""
 STREAM = {True: 1.0, False: 0.85}
 """Part of the rate of a copy that loads and stores reach together, in scans and over chunks."""
-OUTPUTS = 1.4
-"""How much longer a scan takes that stores outputs too: these stores, and loads of what it reads for them, hold up its steps."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,8 @@ def _piece(program: Program, p: Piece, s: Shape, target: Target, columns: int | 
         return turns if p.split in (*op.dims, *contracts(program, op)) else 1
 
     products = sum(PRODUCTS.get(op.kind, 0) * repeated(op) for op in body if "1" not in op.dims)
-    elements = sum(size(op) for op in body if op.kind in ("map", "between", "mask", "sum"))
+    fixed = same(body) if p.kernel.carries else set()
+    elements = sum(size(op) for op in body if op.kind in ("map", "between", "mask", "sum") and op.id not in fixed)
     walks = [op.kind for op in body if op.kind in SCANS]  # each token by itself, back through memories that are made again
     elements += WALK * ("scan" in walks) * extent["T"] * extent["E"] + 3 * WALK * ("scan_grad" in walks) * extent["T"] * extent["E"]
     taken = {a for op in body for a in op.args} & p.known
@@ -125,8 +125,7 @@ def _piece(program: Program, p: Piece, s: Shape, target: Target, columns: int | 
     states = 8 * sum(map(size, carries))  # read and written once
     total = moved * programs * steps + states * programs
     scans = bool(p.kernel.carries)
-    taken_s = max(work, total / (STREAM[scans] * target.bytes_per_s)) * (OUTPUTS if scans and p.kernel.stores else 1.0)
-    return Estimate(p.kernel.name, total, step, wanted, target.launch_s + taken_s)
+    return Estimate(p.kernel.name, total, step, wanted, target.launch_s + max(work, total / (STREAM[scans] * target.bytes_per_s)))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -136,6 +135,15 @@ def _likely(program: Program, p: Piece) -> tuple[Program, Piece]:
         return program, p
     other, new = mild(program)
     return other, replace(p, known=frozenset(new[i] for i in p.known), makes=tuple(new[i] for i in p.makes))
+
+
+def same(body: Iterable[Op]) -> set[int]:
+    """What is the same in every chunk: numbers, constants of a head, and what is made of these and of rows alone."""
+    out = set[int]()
+    for op in body:
+        if op.kind == "input" and op.attr("role") == "head" or op.kind not in ("input", "valid") and out.issuperset(op.args):
+            out.add(op.id)
+    return out
 
 
 def _chain(program: Program, p: Piece) -> int:

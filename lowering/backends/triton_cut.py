@@ -12,6 +12,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+import sympy
+
 from lsmc.ir import READ_AT, Carry, Op, Program, operand
 from lsmc.keep import cotangents
 from lsmc.schedules import Kernel, Schedule
@@ -91,8 +93,17 @@ def costly(program: Program, schedule: Schedule) -> set[int]:
                 dear.add(op.id)
             if corrects and op.dims[1] == "1" and (sums or any(a in columns for a in op.args)):
                 columns.add(op.id)  # small, and a scan would wait for each
-    out = {op.id for op in program.ops if op.id in free and op.dims == ("T", "T")
-           and (op.kind in ("inverse", "form") or corrects and op.kind == "matmul" and "K" in contracts(program, op))}
+    users = defaultdict[int, list[Op]](list)
+    for op in program.ops:
+        for a in op.args:
+            users[a].append(op)
+    out = set[int]()
+    for op in (op for op in program.ops if op.id in free and op.dims == ("T", "T")):
+        if op.kind in ("inverse", "form"):
+            out.add(op.id)
+        elif corrects and op.kind == "matmul" and "K" in contracts(program, op):  # with its decay, if that is all it is for
+            weights, *more = users[op.id]
+            out.add(weights.id if not more and weights.kind == "map" and weights.id in free else op.id)
     for k in schedule.kernels:
         own = k.of(program)
         if k.part == "combine" or not k.carries:
@@ -297,6 +308,15 @@ def _settled(program: Program, kernels: tuple[Kernel, ...]) -> list[Kernel]:
             for k in kernels if k.carries or stores[k.name]]
 
 
+def _scaled(program: Program, i: int, made: set[int]) -> bool:
+    """Whether a value is one of those made, or one times numbers that are loaded."""
+    op = program.index[i]
+    if i in made or op.kind != "map" or op.attr("expr") != sympy.Mul(*(operand(n) for n in range(len(op.args)))):
+        return i in made
+    rest = [program.index[a] for a in op.args if a not in made]
+    return len(rest) == len(op.args) - 1 and all(r.kind == "input" and r.dims[1] == "1" for r in rest)
+
+
 def _taken(program: Program, piece: Piece) -> set[int]:
     """The values of earlier pieces that a piece reads."""
     program = piece.kernel.of(program)
@@ -341,6 +361,8 @@ def _part(program: Program, k: Kernel, known: set[int]) -> list[Piece]:
         groups.setdefault(next(iter(there or fits), None), []).append(n)
     if not groups:
         groups[next((d for d in ("V", "K") if d in memory), None)] = []
+    if not k.carries:
+        _join(program, k, known, groups)
     if len(groups) == 1:
         (d, stores), = groups.items()
         return [Piece(k, frozenset(known), (), d)]
@@ -349,3 +371,14 @@ def _part(program: Program, k: Kernel, known: set[int]) -> list[Piece]:
         name = f"{k.name}_{d or 'whole'}"
         out.append(Piece(replace(k, name=name, saves=k.saves if i == 0 else (), stores=tuple(stores)), frozenset(known), (), d))
     return out
+
+
+def _join(program: Program, k: Kernel, known: set[int], groups: dict[str | None, list[str]]) -> None:
+    """Outputs of a group that another's kernel loads anyway, but for factors, are stored by that kernel."""
+    made = dict(program.outputs)
+    for d in [*groups]:
+        for e in (e for e in groups if e != d):
+            taken = _taken(program, Piece(replace(k, stores=tuple(groups[e])), frozenset(known), (), e))
+            if all(_scaled(program, made[n], taken) for n in groups[d]):
+                groups[e] += groups.pop(d)
+                break

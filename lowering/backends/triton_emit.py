@@ -23,7 +23,7 @@ from lsmc.lowering.kernels import digest
 from lsmc.schedules import Kernel, Schedule
 
 TILES = ("ahead", "nothing", "exp", "power", "beside", "across", "total", "diagonal", "keep", "dot", "exact_dot", "running",
-         "later", "cumsum", "lower", "column", "between", "between_grad", "inverse", "mild", "form_p", "form_x", "form_y",
+         "later", "cumsum", "tokens", "lower", "column", "between", "between_grad", "inverse", "mild", "form_p", "form_x", "form_y",
          "form_gate", "form_all")
 
 

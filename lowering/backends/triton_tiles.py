@@ -153,6 +153,18 @@ def total(x):
 
 
 @triton.jit
+def tokens(row, first, end, REVERSE: tl.constexpr, EXCLUSIVE: tl.constexpr):
+    """How many of the rows first … end − 1 there are up to a row, or from it on; without the row itself, if exclusive."""
+    here = row + (REVERSE == EXCLUSIVE)
+    here = tl.minimum(tl.maximum(here, first), end)
+    if REVERSE:
+        count = end - here
+    else:
+        count = here - first
+    return count.to(tl.float32)
+
+
+@triton.jit
 def _behind(before_a, last_a, before_b, last_b):
     """Of two runs of rows: the sum of all rows but the last, and the last."""
     return before_a + last_a + before_b, last_b

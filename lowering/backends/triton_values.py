@@ -236,6 +236,8 @@ class Values:
                 self._same(op.id, op.args[0])
             case "matmul":
                 self._matmul(op)
+            case "sum" if op.attr("axis") == 0 and (there := self._counts(op.args[0])):
+                self.line(f"{name} = tokens(tl.zeros([1, 1], tl.int32), {there}, True, False)")
             case "sum" if op.args[0] in self.traced:
                 x, y = self.traced[op.args[0]]
                 text = f"tl.sum({self.f(x)} * {self.f(y)}, axis=1, keep_dims=True)"
@@ -344,7 +346,10 @@ class Values:
     def _cumsum(self, op: Op) -> str:
         """Wide sums come from one running sum of each value where the inputs have 16 bits; else without a difference."""
         i = op.args[0]
-        x, reverse, exclusive = self.gate(i), op.attr("reverse"), op.attr("exclusive")
+        reverse, exclusive = op.attr("reverse"), op.attr("exclusive")
+        if there := self._counts(i):
+            return f"tokens(row, {there}, {reverse}, {exclusive})"
+        x = self.gate(i)
         apart = f"cumsum({x}, {reverse}, {exclusive}, DT)"
         if op.dims[1] == "1":
             return apart
@@ -357,6 +362,15 @@ class Values:
         if i in self.gates and self.how != "mild":
             close = f"tl.minimum({close}, 0.0)"
         return f"{apart} if DT == tl.float32 else {close}"
+
+    def _counts(self, i: int) -> str:
+        """Where a value is 1 for each token there is, and no more: the first row of these and the one behind the last."""
+        op, there = self.program.index[i], ("0", "C")
+        if op.kind == "valid":
+            op = self.program.index[op.args[0]]
+            there = ("tl.maximum(-time, 0)" if self.program.counter else "0", "tl.minimum(length - time, STEP)")
+        one = op.kind == "expand" and op.dims[0] == "T" and self.program.index[op.args[0]]
+        return ", ".join(there) if one and not one.args and one.kind == "map" and one.attr("expr") == 1 else ""
 
     def _zero_behind(self, op: Op) -> bool:
         """Rows behind the sequence's end are zero already."""
