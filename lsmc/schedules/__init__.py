@@ -3,12 +3,13 @@
 from lsmc.schedules.base import Choice, Cut, Kernel, Schedule, choose
 from lsmc.schedules.cost import Cost, Shape
 from lsmc.schedules.fused import fused
+from lsmc.schedules.half_fused import half_fused
 from lsmc.schedules.segments import fused_segments, segments
 from lsmc.schedules.two_pass import two_pass
 from lsmc.schedules.walk import walk
 
-CUTS: dict[str, Cut] = {"fused": fused, "two_pass": two_pass, "segments": segments, "fused_segments": fused_segments,
-                        "walk": walk}
+CUTS: dict[str, Cut] = {"fused": fused, "two_pass": two_pass, "half_fused": half_fused, "segments": segments,
+                        "fused_segments": fused_segments, "walk": walk}
 
-__all__ = ["CUTS", "Choice", "Cost", "Cut", "Kernel", "Schedule", "Shape", "choose", "fused", "fused_segments", "segments",
+__all__ = ["CUTS", "Choice", "Cost", "Cut", "Kernel", "Schedule", "Shape", "choose", "fused", "fused_segments", "half_fused", "segments",
            "two_pass", "walk"]

@@ -45,7 +45,7 @@ def interpreter() -> Iterator[Workers]:
 @pytest.mark.parametrize("name", [*EVERY, *(n for n, own in OWN.items() if own().canonical.block is None)])
 def test_kernels_equal_the_recurrence_for_every_schedule(interpreter: Workers, name: str) -> None:
     """Output, final state and every gradient; value heads share key heads, T is no multiple of the chunk, inputs are slices."""
-    cases = SMALL, dataclasses.replace(SMALL, batch=2, time=20)
+    cases = SMALL, dataclasses.replace(SMALL, batch=2, time=20), dataclasses.replace(SMALL, time=18)
     for seen in interpreter.run(*(Job(name, c, s, layout="strided") for c, s in zip(cases, CUTS))):
         assert len(seen) >= 5
 
@@ -178,7 +178,7 @@ def test_padding_of_k_and_v_never_leaks(interpreter: Workers, drawn: Drawn) -> N
 def test_kernels_of_drawn_declarations_equal_the_recurrence(
         interpreter: Workers, drawn: Drawn, size: tuple[int, int], time: int, gates: str, groups: int, state: bool,
         cuts: tuple[int, ...], turn: int) -> None:
-    """A schedule of whole scans and one of segments, the other two in turn; and the recurrence itself, token by token."""
+    """Two or three schedules over chunks, the others in turn; and the recurrence itself, token by token."""
     case = Case(time=time, groups=groups, key_dim=size[0], value_dim=size[1], chunk=16, gates=gates, initial_state=state,
                 cuts=cuts, seed=size[0])
     interpreter.run(*(Job(drawn, case, s) for s in CHUNKS[turn::2]), Job(drawn, case, "walk", learns=False))
@@ -188,7 +188,8 @@ def test_kernels_of_drawn_declarations_equal_the_recurrence(
 def test_kernels_hold_16_bit_tolerances(interpreter: Workers, name: str) -> None:
     """float16 inputs, and float16 matrices beside float32 gates: matrix operands are rounded, sums and memories are not."""
     case = dataclasses.replace(SMALL, time=33, key_dim=16, value_dim=20)
-    interpreter.run(Job(name, case, "fused", "float16"), Job(name, case, "two_pass", "float16", gates="float32"))
+    interpreter.run(Job(name, case, "fused", "float16"), Job(name, case, "two_pass", "float16", gates="float32"),
+                    Job(name, case, "half_fused", "float16"))
 
 
 @pytest.mark.parametrize("name", GATED)
