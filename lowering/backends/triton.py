@@ -20,7 +20,7 @@ from lsmc.lowering.backends import triton_tiles
 from lsmc.lowering.backends.triton_cut import brief, whole
 from lsmc.lowering.backends.triton_emit import Emitted, emit
 from lsmc.lowering.backends.triton_record import Launched, Likeness, Recording, Room, likeness, recordable
-from lsmc.lowering.backends.triton_registers import NARROW, WIDE
+from lsmc.lowering.backends.triton_registers import NARROW, OPERANDS, WIDE, room
 from lsmc.lowering.backends.triton_scan import GROUP, walked, writer
 from lsmc.lowering.backends.triton_sums import gather
 from lsmc.lowering.backends.triton_walk import Stepper, held
@@ -31,9 +31,6 @@ from lsmc.schedules.segments import count
 from lsmc.target import H200
 
 ptxas.select()
-
-OPERANDS = 3.5
-"""Bytes of shared memory for each square of a block's columns that a scan's products take besides what is loaded, at K = 128."""
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -456,7 +453,7 @@ def _scanning(k: Emitted, extent: dict[str, int], sequences: int, warps: int, el
         return element_bytes * _loaded(k, {**extent, split: columns})
 
     def resident(columns: int, stages: int) -> int:
-        return min(2, int(H200.shared_bytes // (stages * loaded(columns) + OPERANDS * columns**2)))
+        return room(loaded(columns), columns, stages)
 
     programs = sequences * -(-full // usual)
     alone = programs <= H200.units
@@ -466,8 +463,8 @@ def _scanning(k: Emitted, extent: dict[str, int], sequences: int, warps: int, el
             for stages in (3, 2):
                 if resident(half, stages) == 2:
                     return half, warps, stages
-        room = resident(usual, 2) < 2 and resident(full, 2) and element_bytes == 2  # float32 is slow to compile so wide
-        if not alone and not k.stores and room and usual < full and sequences <= H200.units:
+        whole = resident(usual, 2) < 2 and resident(full, 2) and element_bytes == 2  # float32 is slow to compile so wide
+        if not alone and not k.stores and whole and usual < full and sequences <= H200.units:
             return full, 8, 2
     deep = resident(usual, 3)
     if deep and (alone and not k.kernel.part or deep == resident(usual, 2)):

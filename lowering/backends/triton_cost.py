@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from lsmc.ir import Op, Program
 from lsmc.lowering.backends.triton_cut import SCANS, Piece, brief, contracts, pieces
 from lsmc.lowering.backends.triton_mild import mild
-from lsmc.lowering.backends.triton_registers import alive, block
+from lsmc.lowering.backends.triton_registers import alive, block, room
 from lsmc.lowering.backends.triton_sums import gather
 from lsmc.lowering.backends.triton_walk import held
 from lsmc.schedules import Schedule, Shape
@@ -37,11 +37,15 @@ PRODUCTS = {"form": 2, "form_gate": 4, "inverse": 10, "cumsum": 2, "matmul": 1}
 CHAINED = 0.2e-6
 """Seconds more for each product that waits for another one on the way from a memory to the next."""
 ALONE = 0.65
-"""What a scan's step takes where no second program shares its processor."""
+"""What a scan's products take where no second program shares its processor,"""
+ONLY = 0.5
+"""and where there is no room for a second one: what there is holds loads of more chunks ahead."""
 TOKEN = 1.0e-6
 """Seconds that a walk waits at each token: for what it loads, and for sums among warps."""
 WALK = 3
 """Elementwise operations for each entry of the memory and token."""
+AGAIN = 0.5
+"""What a scan's load costs that another block's program has brought to the L2 cache."""
 STREAM = {True: 1.0, False: 0.85}
 """Part of the rate of a copy that loads and stores reach together, in scans and over chunks."""
 
@@ -71,6 +75,7 @@ def predict(program: Program, schedule: Schedule, kernel: str, shape: Shape, tar
 
 def _piece(program: Program, p: Piece, s: Shape, target: Target, columns: int | None = None, warps: int | None = None) -> Estimate:
     """`columns` of the split dimension and `warps` for each program, where not the default ones; `program` is the kernel's."""
+    given, q, usually = program, p, columns is None and warps is None
     program, p = _likely(program, p)
     s = replace(s, chunk=1) if p.kernel.walks else s
     part, n = p.kernel.part, count(s.sequences, s.chunks, target.units) if p.kernel.part else 1
@@ -80,11 +85,12 @@ def _piece(program: Program, p: Piece, s: Shape, target: Target, columns: int | 
     carries = [program.index[c.inp] for c in program.carries if c.name in p.kernel.carries]
     usual = held(s.key, s.value, sum("1" not in op.dims for op in carries), s.sequences, p.split is not None, target.units)
     warps = warps or (usual["num_warps"] if p.kernel.walks else 8 if p.kernel.carries and p.split is None else 4)
-    blocks = 1
+    blocks = full = 1
     if p.split:
         columns = columns or (usual["BV"] if p.kernel.walks else block(program, p, s.chunk))
         columns = s.key if p.split == "F" else min(columns, extent[p.split])
-        blocks = -(-extent[p.split] // columns)
+        full = extent[p.split]
+        blocks = -(-full // columns)
         extent[p.split] = columns
     extent["E"] = extent["K"] * extent["V"]
 
@@ -104,28 +110,39 @@ def _piece(program: Program, p: Piece, s: Shape, target: Target, columns: int | 
     taken = {a for op in body for a in op.args} & p.known
     width = 4 if part == "combine" else s.element_bytes
     own = p.kernel.own(program) | {c.inp for c in program.carries if brief(program, c)}
-    moved = sum(size(op) * width for op in body if op.kind == "input" and op.id not in own)
-    moved += sum(size(program.index[i]) * s.element_bytes for i in (*taken, *p.makes))
+    again = (1 + AGAIN * (blocks - 1)) / blocks if p.kernel.carries else 1.0  # programs of a sequence's blocks go side by side
+    moved = sum(size(op) * width * (1 if p.split in op.dims else again) for op in body if op.kind == "input" and op.id not in own)
+    moved += sum(size(op) * s.element_bytes * (1 if p.split in op.dims else again) for op in (program.index[i] for i in taken))
+    moved += sum(size(program.index[i]) * s.element_bytes for i in p.makes)
     moved += sum(size(program.index[i]) * s.element_bytes for n, i in program.outputs if n in p.kernel.stores)
     moved += sum(size(program.index[c.inp]) * width for c in program.carries if c.name in p.kernel.saves)
     wanted = alive(program, p, tuple(extent.items())) // (128 * warps)
     rates = RATES[bool(p.kernel.carries)]
-    step = rates.product * products + rates.element * elements * 4 / warps
-    step *= 1 + max(0, wanted - rates.registers) / rates.twice
-    step += CHAINED * max(0, _chain(program, p) - 1) + TOKEN * p.kernel.walks
-    resident = (2 + 2 * p.kernel.walks) * target.units * 4 // warps
+    slower = 1 + max(0, wanted - rates.registers) / rates.twice
+    waits = rates.product * products * slower + CHAINED * max(0, _chain(program, p) - 1) + TOKEN * p.kernel.walks
+    step = waits + rates.element * elements * 4 / warps * slower
+    side_by_side = 2 + 2 * p.kernel.walks
+    if p.kernel.carries and p.split in ("K", "V") and warps <= 4 and not p.kernel.walks and part != "combine":
+        loaded = sum(size(op) for op in body if op.kind == "input" and op.id not in own) + sum(size(program.index[i]) for i in taken)
+        side_by_side = max(1, room(s.element_bytes * loaded, extent[p.split], 2))
+    resident = side_by_side * target.units * 4 // warps
     programs = s.sequences * blocks // turns
     steps = n if part == "combine" else s.chunks  # that a sequence takes
     if p.kernel.carries:
         side = 1 if part == "combine" else n  # programs of one sequence, side by side
-        alone = programs * side <= target.units and warps <= 4
-        work = step * -(-steps // side) * -(-programs * side // resident) * (ALONE if alone else 1.0)
+        if warps <= 4:
+            step -= waits * (1 - (ONLY if side_by_side == 1 else ALONE if programs * side <= target.units else 1.0))
+        work = step * -(-steps // side) * -(-programs * side // resident)
     else:
         work = step * max(1.0, programs * steps / resident)
     states = 8 * sum(map(size, carries))  # read and written once
     total = moved * programs * steps + states * programs
     scans = bool(p.kernel.carries)
-    return Estimate(p.kernel.name, total, step, wanted, target.launch_s + max(work, total / (STREAM[scans] * target.bytes_per_s)))
+    seconds = target.launch_s + max(work, total / (STREAM[scans] * target.bytes_per_s))
+    found = Estimate(p.kernel.name, total, step, wanted, seconds)
+    if side_by_side == 1 and usually and not p.kernel.stores and s.sequences <= target.units:  # one program may take all columns (`triton._scanning`)
+        found = min(found, _piece(given, q, s, target, full, 8), key=lambda e: e.seconds)
+    return found
 
 
 @functools.lru_cache(maxsize=1024)

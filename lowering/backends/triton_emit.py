@@ -63,11 +63,11 @@ def emit(program: Program, schedule: Schedule, flagged: bool = False,
     cut = pieces(program, schedule)
     made = {i for p in cut for i in p.makes} | {i for _, i in program.taken}
     every = [replace(p, known=p.known & made) for p in cut]
-    for n, p in enumerate(every):
+    for p in every:
         writers = [(writer or Writer)(p.kernel.of(program), p)]
         if writers[0].decays and not p.kernel.carries and (p.makes or flagged):
-            later = {i for q in every[n + 1:] if not q.kernel.carries for i in Writer(program, q).decays}
-            first = Writer(program, p, "fast") if flagged else Writer(program, p, "first", later=later)
+            every_decay = {op.args[-1] for op in program.ops if op.kind in ("form", "form_gate")}  # what is mild is so for all
+            first = Writer(program, p, "fast") if flagged else Writer(program, p, "first", later=every_decay)
             writers = [first, Writer(program, p, "slow")]
             flagged = True
         parts += [w.run() for w in writers]

@@ -1,4 +1,5 @@
-"""What the values of a kernel take in registers: the order that keeps few alive at once, and the columns for which they fit."""
+"""What the values of a kernel take on chip: the order that keeps few alive in registers at once, the columns for which they fit, and
+how many programs of a scan there is room for."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 from lsmc.ir import Op, Program
 from lsmc.lowering.backends.triton_cut import SCANS, Piece
 from lsmc.schedules.order import QUICK, Weight, order, peak
+from lsmc.target import H200
 
 EXTENT = {"T": 64, "K": 128, "V": 128, "F": 128, "1": 1}
 """Typical extents, where a source is written for all."""
@@ -23,6 +25,15 @@ FITS = {True: {64: 256}, False: {128: 500, 64: 440}}
 want there."""
 LOOPS = 170
 """The same for a kernel that takes all blocks one after the other, where its loop has one turn."""
+
+OPERANDS = 3.5
+"""Bytes of shared memory for each square of a block's columns that a scan's products take besides what is loaded, at K = 128."""
+
+
+def room(loaded: int, columns: int, stages: int) -> int:
+    """How many programs of a scan, of two at most, a multiprocessor holds: those that load so many bytes for each chunk, so many
+    chunks ahead, beside what products of these columns take."""
+    return min(2, int(H200.shared_bytes // (stages * loaded + OPERANDS * columns**2)))
 
 
 def block(program: Program, piece: Piece, rows: int = EXTENT["T"]) -> int:

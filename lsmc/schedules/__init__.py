@@ -11,5 +11,5 @@ from lsmc.schedules.walk import walk
 CUTS: dict[str, Cut] = {"fused": fused, "two_pass": two_pass, "half_fused": half_fused, "segments": segments,
                         "fused_segments": fused_segments, "walk": walk}
 
-__all__ = ["CUTS", "Choice", "Cost", "Cut", "Kernel", "Schedule", "Shape", "choose", "fused", "fused_segments", "half_fused", "segments",
-           "two_pass", "walk"]
+__all__ = ["CUTS", "Choice", "Cost", "Cut", "Kernel", "Schedule", "Shape", "choose", "fused", "fused_segments", "half_fused",
+           "segments", "two_pass", "walk"]

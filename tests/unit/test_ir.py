@@ -337,3 +337,37 @@ def test_a_sum_of_more_operands_than_a_map_takes_is_made_in_parts() -> None:
     total = b.add(*terms)
     program = verify(Program("long", tuple(b.ops), (), (("o", total),)))
     assert {op.id for op in program.ancestors([total]) if op.kind == "input"} == set(terms)
+
+
+# --- one number for all tokens
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("second", [False, True])
+def test_sums_of_one_number_are_its_multiples(first: bool, second: bool) -> None:
+    """Running sums, sums and decays between tokens of a value that all tokens have, and no running sum of it is left."""
+    b = Builder()
+    x = b.input("x", "head", ("1", "1"))
+    g = b.valid(b.expand(x, ("T", "1")))
+    made = b.cumsum(g, first, second), b.sum(g, axis=0), b.between(g, first, second)
+    plain = (b.emit("cumsum", ("T", "1"), g, reverse=first, exclusive=second), b.emit("sum", ("1", "1"), g, axis=0),
+             b.emit("between", ("T", "T"), g, strict=first, before=second))
+    ends = [(f"{n}{i}", value) for n, values in (("made", made), ("plain", plain)) for i, value in enumerate(values)]
+    program = Program("p", tuple(b.ops), (), tuple(ends))
+    out = run(program, {"x": torch.tensor([[-0.3]], dtype=torch.float64)})
+    for i in range(3):
+        torch.testing.assert_close(out[f"made{i}"], out[f"plain{i}"], rtol=1e-14, atol=0)
+    assert all(g not in op.args for op in program.ancestors(made))
+
+
+@zoo
+def test_weights_of_pairs_are_the_same_with_their_decay(op: LSM) -> None:
+    """Products of three (T, T) tiles by way of one that is there: the same gradients, and no more products than before."""
+    plain = differentiate(derive(op.canonical))
+    made = hoist(plain)
+    inputs = {o.attr("name"): draw(o, plain) for o in plain.inputs()}
+    before, after = run(plain, inputs), run(made, inputs)
+    for n, x in before.items():
+        torch.testing.assert_close(after[n], x, rtol=1e-9, atol=1e-12)
+    maps = [sum(o.kind == "map" and o.dims == ("T", "T") for o in p.ops) for p in (plain, made)]
+    assert maps[1] <= maps[0]

@@ -202,6 +202,13 @@ def test_16_bit_kernels_hold_for_every_range_of_gates(interpreter: Workers, name
     interpreter.run(*jobs)
 
 
+@pytest.mark.parametrize("schedule", ["fused", "half_fused", "two_pass"])
+def test_every_decay_judges_whether_a_chunk_is_mild(interpreter: Workers, schedule: str) -> None:
+    """One decay is mild over K, the other not over V, whose form some schedules leave to a scan: flags say so for all kernels."""
+    case = dataclasses.replace(SMALL, batch=2, time=2, heads=2, groups=1, key_dim=16, value_dim=16, gates="lone spike")
+    interpreter.run(*(Job("gfw", dataclasses.replace(case, seed=n), schedule, "float16", gates="float32") for n in (0, 3, 5)))
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_kernels_run_on_no_token_one_token_and_one_token_repeated(interpreter: Workers, name: str) -> None:
     none, one = dataclasses.replace(SMALL, time=0), dataclasses.replace(SMALL, time=1, batch=2, defaults=True, initial_state=False)

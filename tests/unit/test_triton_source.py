@@ -105,6 +105,21 @@ def test_the_gradients_of_keys_and_of_values_share_one_product_at_most(method: L
     assert len(made.get("K", set()) & made.get("V", set())) <= 1
 
 
+@pytest.mark.parametrize("name", ["deltanet", "gated_deltanet", "kda"])
+def test_no_kernel_only_copies(name: str) -> None:
+    """What a kernel loads anyway and an output has but for a factor, that kernel stores: d_v = beta times what the scan made."""
+    executable: Any = compile_plan(getattr(zoo, name).canonical, Options(schedule="two_pass", target="triton")).backward.executable
+    assert [k.kernel.name for k in executable.kernels if not k.how == "slow"] == ["reverse_scan", "chunks"]
+
+
+def test_scans_take_weights_of_pairs_with_their_decay() -> None:
+    """Their steps work out no decay between tokens: all chunks did at once."""
+    plan = compile_plan(zoo.gated_deltanet.canonical, Options(schedule="two_pass", target="triton"))
+    for direction in (plan.training, plan.backward):
+        executable: Any = direction.executable
+        assert all("between(" not in k.source for k in executable.kernels if k.carries)
+
+
 @pytest.mark.parametrize("method", DECLARATIONS, ids=lambda d: d.name)
 def test_what_is_subtracted_from_one_another_is_rounded_alike(method: LSM) -> None:
     """A factor that running sums take as the matrix units got it enters the sums over all rows, less which they are, as they
