@@ -44,7 +44,7 @@ TOKEN = 1.0e-6
 """Seconds that a walk waits at each token: for what it loads, and for sums among warps."""
 WALK = 3
 """Elementwise operations for each entry of the memory and token."""
-AGAIN = 0.5
+AGAIN = 0.8
 """What a scan's load costs that another block's program has brought to the L2 cache."""
 STREAM = {True: 1.0, False: 0.85}
 """Part of the rate of a copy that loads and stores reach together, in scans and over chunks."""
@@ -52,18 +52,20 @@ STREAM = {True: 1.0, False: 0.85}
 
 @dataclass(frozen=True)
 class Estimate:
-    """One piece: bytes through memory, seconds of one chunk in one program, registers that its values want."""
+    """One piece: bytes through memory, seconds of one chunk in one program, registers that its values want; whether a
+    multiprocessor has room for no second program."""
 
     name: str
     bytes: float
     step: float
     registers: int
     seconds: float
+    single: bool
 
 
 def estimate(program: Program, schedule: Schedule, shape: Shape, target: Target) -> list[Estimate]:
     """Every piece of a schedule, in launch order."""
-    return [_piece(p.kernel.of(program), p, shape, target) for p in pieces(program, schedule)]
+    return [_usual(p.kernel.of(program), p, shape, target) for p in pieces(program, schedule)]
 
 
 def predict(program: Program, schedule: Schedule, kernel: str, shape: Shape, target: Target, columns: int | None,
@@ -73,9 +75,16 @@ def predict(program: Program, schedule: Schedule, kernel: str, shape: Shape, tar
     return _piece(p.kernel.of(program), p, shape, target, columns, warps).seconds
 
 
+def _usual(program: Program, p: Piece, s: Shape, target: Target) -> Estimate:
+    """By the plan that a piece has where none was measured: one program may take all columns (`triton._scanning`)."""
+    found = _piece(program, p, s, target)
+    if not found.single or p.kernel.stores or p.kernel.part or s.sequences > target.units:
+        return found
+    return min(found, _piece(program, p, s, target, s.extent[str(p.split)], 8), key=lambda e: e.seconds)
+
+
 def _piece(program: Program, p: Piece, s: Shape, target: Target, columns: int | None = None, warps: int | None = None) -> Estimate:
     """`columns` of the split dimension and `warps` for each program, where not the default ones; `program` is the kernel's."""
-    given, q, usually = program, p, columns is None and warps is None
     program, p = _likely(program, p)
     s = replace(s, chunk=1) if p.kernel.walks else s
     part, n = p.kernel.part, count(s.sequences, s.chunks, target.units) if p.kernel.part else 1
@@ -85,12 +94,11 @@ def _piece(program: Program, p: Piece, s: Shape, target: Target, columns: int | 
     carries = [program.index[c.inp] for c in program.carries if c.name in p.kernel.carries]
     usual = held(s.key, s.value, sum("1" not in op.dims for op in carries), s.sequences, p.split is not None, target.units)
     warps = warps or (usual["num_warps"] if p.kernel.walks else 8 if p.kernel.carries and p.split is None else 4)
-    blocks = full = 1
+    blocks = 1
     if p.split:
         columns = columns or (usual["BV"] if p.kernel.walks else block(program, p, s.chunk))
         columns = s.key if p.split == "F" else min(columns, extent[p.split])
-        full = extent[p.split]
-        blocks = -(-full // columns)
+        blocks = -(-extent[p.split] // columns)
         extent[p.split] = columns
     extent["E"] = extent["K"] * extent["V"]
 
@@ -123,8 +131,8 @@ def _piece(program: Program, p: Piece, s: Shape, target: Target, columns: int | 
     step = waits + rates.element * elements * 4 / warps * slower
     side_by_side = 2 + 2 * p.kernel.walks
     if p.kernel.carries and p.split in ("K", "V") and warps <= 4 and not p.kernel.walks and part != "combine":
-        loaded = sum(size(op) for op in body if op.kind == "input" and op.id not in own) + sum(size(program.index[i]) for i in taken)
-        side_by_side = max(1, room(s.element_bytes * loaded, extent[p.split], 2))
+        loads = [*(op for op in body if op.kind == "input" and op.id not in own), *(program.index[i] for i in taken)]
+        side_by_side = max(1, room(s.element_bytes * sum(map(size, loads)), extent[p.split], 2))
     resident = side_by_side * target.units * 4 // warps
     programs = s.sequences * blocks // turns
     steps = n if part == "combine" else s.chunks  # that a sequence takes
@@ -139,10 +147,7 @@ def _piece(program: Program, p: Piece, s: Shape, target: Target, columns: int | 
     total = moved * programs * steps + states * programs
     scans = bool(p.kernel.carries)
     seconds = target.launch_s + max(work, total / (STREAM[scans] * target.bytes_per_s))
-    found = Estimate(p.kernel.name, total, step, wanted, seconds)
-    if side_by_side == 1 and usually and not p.kernel.stores and s.sequences <= target.units:  # one program may take all columns (`triton._scanning`)
-        found = min(found, _piece(given, q, s, target, full, 8), key=lambda e: e.seconds)
-    return found
+    return Estimate(p.kernel.name, total, step, wanted, seconds, side_by_side == 1)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,5 +1,5 @@
-"""What the values of a kernel take on chip: the order that keeps few alive in registers at once, the columns for which they fit, and
-how many programs of a scan there is room for."""
+"""What the values of a kernel take on chip: the order that keeps few alive in registers at once, the columns for which they fit,
+and how many programs of a scan there is room for."""
 
 from __future__ import annotations
 
