@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from lsmc.ir import Op, Program
-from lsmc.lowering.backends.triton_cut import SCANS, Piece, brief, contracts, pieces
+from lsmc.lowering.backends.triton_cut import Piece, brief, contracts, pieces
 from lsmc.lowering.backends.triton_mild import mild
 from lsmc.lowering.backends.triton_registers import alive, block, room
 from lsmc.lowering.backends.triton_sums import gather
@@ -87,67 +87,92 @@ def _piece(program: Program, p: Piece, s: Shape, target: Target, columns: int | 
     """`columns` of the split dimension and `warps` for each program, where not the default ones; `program` is the kernel's."""
     program, p = _likely(program, p)
     s = replace(s, chunk=1) if p.kernel.walks else s
-    part, n = p.kernel.part, count(s.sequences, s.chunks, target.units) if p.kernel.part else 1
-    ends = p.roots(program)
-    body = program.ancestors(ends, p.known)
-    extent = {"T": s.chunk, "K": s.key, "V": s.key if part == "factor" else s.value, "F": s.extent["F"], "1": 1}
+    part, scans, walks = p.kernel.part, bool(p.kernel.carries), p.kernel.walks
     carries = [program.index[c.inp] for c in program.carries if c.name in p.kernel.carries]
     usual = held(s.key, s.value, sum("1" not in op.dims for op in carries), s.sequences, p.split is not None, target.units)
-    warps = warps or (usual["num_warps"] if p.kernel.walks else 8 if p.kernel.carries and p.split is None else 4)
-    blocks = 1
+    warps = warps or (usual["num_warps"] if walks else 8 if scans and p.split is None else 4)
     if p.split:
-        columns = columns or (usual["BV"] if p.kernel.walks else block(program, p, s.chunk))
-        columns = s.key if p.split == "F" else min(columns, extent[p.split])
-        blocks = -(-extent[p.split] // columns)
-        extent[p.split] = columns
-    extent["E"] = extent["K"] * extent["V"]
+        columns = columns or (usual["BV"] if walks else block(program, p, s.chunk))
+    one = _One(program, p, s, columns)
 
-    turns = blocks if p.inner else 1  # of a loop over the blocks, by one program
-
-    def size(op: Op) -> int:
-        return extent[op.dims[0]] * extent[op.dims[1]] * (turns if p.split in op.dims else 1)
-
-    def repeated(op: Op) -> int:
-        return turns if p.split in (*op.dims, *contracts(program, op)) else 1
-
-    products = sum(PRODUCTS.get(op.kind, 0) * repeated(op) for op in body if "1" not in op.dims)
-    fixed = same(body) if p.kernel.carries else set()
-    elements = sum(size(op) for op in body if op.kind in ("map", "between", "mask", "sum") and op.id not in fixed)
-    walks = [op.kind for op in body if op.kind in SCANS]  # each token by itself, back through memories that are made again
-    elements += WALK * ("scan" in walks) * extent["T"] * extent["E"] + 3 * WALK * ("scan_grad" in walks) * extent["T"] * extent["E"]
-    taken = {a for op in body for a in op.args} & p.known
-    width = 4 if part == "combine" else s.element_bytes
-    own = p.kernel.own(program) | {c.inp for c in program.carries if brief(program, c)}
-    again = (1 + AGAIN * (blocks - 1)) / blocks if p.kernel.carries else 1.0  # programs of a sequence's blocks go side by side
-    moved = sum(size(op) * width * (1 if p.split in op.dims else again) for op in body if op.kind == "input" and op.id not in own)
-    moved += sum(size(op) * s.element_bytes * (1 if p.split in op.dims else again) for op in (program.index[i] for i in taken))
-    moved += sum(size(program.index[i]) * s.element_bytes for i in p.makes)
-    moved += sum(size(program.index[i]) * s.element_bytes for n, i in program.outputs if n in p.kernel.stores)
-    moved += sum(size(program.index[c.inp]) * width for c in program.carries if c.name in p.kernel.saves)
-    wanted = alive(program, p, tuple(extent.items())) // (128 * warps)
-    rates = RATES[bool(p.kernel.carries)]
+    wanted = alive(program, p, tuple(one.extent.items())) // (128 * warps)
+    rates = RATES[scans]
     slower = 1 + max(0, wanted - rates.registers) / rates.twice
-    waits = rates.product * products * slower + CHAINED * max(0, _chain(program, p) - 1) + TOKEN * p.kernel.walks
-    step = waits + rates.element * elements * 4 / warps * slower
-    side_by_side = 2 + 2 * p.kernel.walks
-    if p.kernel.carries and p.split in ("K", "V") and warps <= 4 and not p.kernel.walks and part != "combine":
-        loads = [*(op for op in body if op.kind == "input" and op.id not in own), *(program.index[i] for i in taken)]
-        side_by_side = max(1, room(s.element_bytes * sum(map(size, loads)), extent[p.split], 2))
+    waits = rates.product * one.products * slower + CHAINED * max(0, _chain(program, p) - 1) + TOKEN * walks
+    step = waits + rates.element * one.elements * 4 / warps * slower
+    side_by_side = 2 + 2 * walks
+    if scans and p.split in ("K", "V") and warps <= 4 and not walks and part != "combine":
+        side_by_side = max(1, room(s.element_bytes * sum(map(one.size, one.loads)), one.extent[p.split], 2))
     resident = side_by_side * target.units * 4 // warps
-    programs = s.sequences * blocks // turns
-    steps = n if part == "combine" else s.chunks  # that a sequence takes
-    if p.kernel.carries:
-        side = 1 if part == "combine" else n  # programs of one sequence, side by side
+    segments = count(s.sequences, s.chunks, target.units) if part else 1
+    programs = s.sequences * one.blocks // one.turns
+    steps = segments if part == "combine" else s.chunks  # that a sequence takes
+    if scans:
+        side = 1 if part == "combine" else segments  # programs of one sequence, side by side
         if warps <= 4:
             step -= waits * (1 - (ONLY if side_by_side == 1 else ALONE if programs * side <= target.units else 1.0))
         work = step * -(-steps // side) * -(-programs * side // resident)
     else:
         work = step * max(1.0, programs * steps / resident)
-    states = 8 * sum(map(size, carries))  # read and written once
-    total = moved * programs * steps + states * programs
-    scans = bool(p.kernel.carries)
+    total = one.bytes * programs * steps + 8 * sum(map(one.size, carries)) * programs  # memories are read and written once
     seconds = target.launch_s + max(work, total / (STREAM[scans] * target.bytes_per_s))
     return Estimate(p.kernel.name, total, step, wanted, seconds, side_by_side == 1)
+
+
+class _One:
+    """What one program of a piece does for one chunk, with so many columns of the split dimension."""
+
+    def __init__(self, program: Program, p: Piece, s: Shape, columns: int | None) -> None:
+        self.program, self.p, self.s = program, p, s
+        self.body = program.ancestors(p.roots(program), p.known)
+        self.extent = {"T": s.chunk, "K": s.key, "V": s.key if p.kernel.part == "factor" else s.value, "F": s.extent["F"], "1": 1}
+        self.blocks = 1
+        if p.split and columns:
+            columns = s.key if p.split == "F" else min(columns, self.extent[p.split])
+            self.blocks = -(-self.extent[p.split] // columns)
+            self.extent[p.split] = columns
+        self.extent["E"] = self.extent["K"] * self.extent["V"]
+        self.turns = self.blocks if p.inner else 1  # of a loop over the blocks, by one program
+        own = p.kernel.own(program) | {c.inp for c in program.carries if brief(program, c)}
+        self.given = [op for op in self.body if op.kind == "input" and op.id not in own]
+        self.taken = [program.index[i] for i in {a for op in self.body for a in op.args} & p.known]
+        self.loads = [*self.given, *self.taken]
+
+    def size(self, op: Op) -> int:
+        return self.extent[op.dims[0]] * self.extent[op.dims[1]] * (self.turns if self.p.split in op.dims else 1)
+
+    @property
+    def products(self) -> int:
+        def repeated(op: Op) -> int:
+            return self.turns if self.p.split in (*op.dims, *contracts(self.program, op)) else 1
+
+        return sum(PRODUCTS.get(op.kind, 0) * repeated(op) for op in self.body if "1" not in op.dims)
+
+    @property
+    def elements(self) -> int:
+        """Results of elementwise operations, but those that a scan has worked out before its first chunk."""
+        fixed = same(self.body) if self.p.kernel.carries else set()
+        maps = sum(self.size(op) for op in self.body if op.kind in ("map", "between", "mask", "sum") and op.id not in fixed)
+        kinds = {op.kind for op in self.body}  # each token by itself, back through memories that are made again
+        passes = WALK * (("scan" in kinds) + 3 * ("scan_grad" in kinds))
+        return maps + passes * self.extent["T"] * self.extent["E"]
+
+    @property
+    def bytes(self) -> float:
+        """Read and written; programs of a sequence's blocks go side by side, and load what has no columns of the split alike."""
+        program, kernel, few = self.program, self.p.kernel, self.s.element_bytes
+        width = 4 if kernel.part == "combine" else few
+        again = (1 + AGAIN * (self.blocks - 1)) / self.blocks if kernel.carries else 1.0
+
+        def read(ops: Iterable[Op]) -> float:
+            return sum(self.size(op) * (1 if self.p.split in op.dims else again) for op in ops)
+
+        def written(values: Iterable[int]) -> int:
+            return sum(self.size(program.index[i]) for i in values)
+
+        stores = written((*self.p.makes, *(i for n, i in program.outputs if n in kernel.stores)))
+        saves = written(c.inp for c in program.carries if c.name in kernel.saves)
+        return few * (read(self.taken) + stores) + width * (read(self.given) + saves)
 
 
 @functools.lru_cache(maxsize=1024)
