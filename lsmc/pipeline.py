@@ -34,7 +34,7 @@ WALK = 16
 """The most tokens between memories that are kept where kernels go token by token: on the way back they work out those between."""
 
 DOUBT = 0.02
-"""Estimates that differ by less say nothing: fewer launches win."""
+"""Estimates that differ by less say nothing: fewer kernels win."""
 
 TYPICAL = Shape(sequences=128, tokens=4096, key=128, value=128, chunk=CHUNK)
 """The sizes that schedules are ranked at while the real ones are symbolic."""

@@ -102,8 +102,8 @@ def costly(program: Program, schedule: Schedule) -> set[int]:
         if op.kind in ("inverse", "form"):
             out.add(op.id)
         elif corrects and op.kind == "matmul" and "K" in contracts(program, op):  # with its decay, if that is all it is for
-            weights, *more = users[op.id]
-            out.add(weights.id if not more and weights.kind == "map" and weights.id in free else op.id)
+            weights = users[op.id][0] if len(users[op.id]) == 1 else op
+            out.add(weights.id if weights.kind == "map" and weights.id in free else op.id)
     for k in schedule.kernels:
         own = k.of(program)
         if k.part == "combine" or not k.carries:

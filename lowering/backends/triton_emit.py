@@ -63,11 +63,11 @@ def emit(program: Program, schedule: Schedule, flagged: bool = False,
     cut = pieces(program, schedule)
     made = {i for p in cut for i in p.makes} | {i for _, i in program.taken}
     every = [replace(p, known=p.known & made) for p in cut]
+    decays = {op.args[-1] for op in program.ops if op.kind in ("form", "form_gate")}
     for p in every:
         writers = [(writer or Writer)(p.kernel.of(program), p)]
         if writers[0].decays and not p.kernel.carries and (p.makes or flagged):
-            every_decay = {op.args[-1] for op in program.ops if op.kind in ("form", "form_gate")}  # what is mild is so for all
-            first = Writer(program, p, "fast") if flagged else Writer(program, p, "first", later=every_decay)
+            first = Writer(program, p, "fast") if flagged else Writer(program, p, "first", later=decays)
             writers = [first, Writer(program, p, "slow")]
             flagged = True
         parts += [w.run() for w in writers]
@@ -87,8 +87,8 @@ class Writer(Values):
 
     Decay forms are one product where the decays of a chunk are mild, as they mostly are, and a series of halvings else.
     A chunks kernel with forms is therefore written twice: `fast` does the mild chunks, `slow` the others, one program
-    for each sequence, which mostly ends at once. The `first` of them finds out, for its own decays and those that `later`
-    ones have, and leaves flags. Other kernels (how = "") decide inside.
+    for each sequence, which mostly ends at once. The `first` of them finds out, for its own decays and those of forms that come
+    `later`, in whatever kernel, and leaves flags: mild programs take e^{-s} of all. Other kernels (how = "") decide inside.
     """
 
     walks = False

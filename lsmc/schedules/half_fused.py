@@ -31,7 +31,8 @@ def half_fused(program: Program) -> Schedule:
         return bool(alone) and not {i, *program.index[i].args} & way
 
     early = tuple(n for n, i in program.outputs if leaves(i))
-    names = tuple(c.name for c in program.carries if not c.reverse), tuple(c.name for c in reverse)
-    return Schedule("half_fused", needed(program, [
-        Kernel("forward_scan", names[0], names[0], ()), Kernel("reverse_scan", names[1], names[1], early),
-        Kernel("chunks", (), (), tuple(n for n, _ in program.outputs if n not in early))]))
+    rest = tuple(n for n, _ in program.outputs if n not in early)
+    memories, cotangents = tuple(c.name for c in program.carries if not c.reverse), tuple(c.name for c in reverse)
+    return Schedule("half_fused", needed(program, [Kernel("forward_scan", memories, memories, ()),
+                                                   Kernel("reverse_scan", cotangents, cotangents, early),
+                                                   Kernel("chunks", (), (), rest)]))
