@@ -1,7 +1,8 @@
 """Whether kernels give the same bits each time: `python tests/gpu/repeats.py [NAMES] [--times N] [--limit SECONDS]`.
 
 No kernel adds in an order that depends on timing, so outputs and gradients of equal calls are equal bits; what differs was read
-before it was there. Calls of several sizes, each many times, in bfloat16; a process for each method. Exits with 1 where any differ.
+before it was there. Calls of several sizes, each many times, in bfloat16, with inputs as the tests draw them, over and over; a
+process for each method. Exits with 1 where any differ; says which are not finite, and what has no room on the device.
 """
 
 from __future__ import annotations
@@ -20,34 +21,67 @@ os.environ.setdefault("LSMC_CACHE", "/tmp/lsmc-cache")
 import torch
 
 import lsmc
+from lsmc.cases import Case, sample
 from lsmc.zoo import METHODS
-from tests.gpu.run_h200 import fixed, inputs_for
+from tests.gpu.run_h200 import fixed
 
 SIZES = ((16, 4096, 8, 128), (8, 2048, 8, 128), (1, 4096, 56, 64), (2, 300, 3, 128), (1, 16384, 8, 128))
 """B, T, H and K = V: many programs on a multiprocessor, one, few columns, a part of a chunk, segments."""
+
+
+DRAWN = 256
+"""Tokens of one sequence that are drawn; all else repeats them."""
+
+
+def inputs(op: lsmc.LSM, b: int, t: int, h: int, k: int) -> dict[str, torch.Tensor]:
+    drawn = sample(op, Case(time=min(t, DRAWN), heads=h, key_dim=k, value_dim=k, defaults=True))
+    out = {}
+    for n, x in drawn.inputs.items():
+        x = x.detach().cuda()
+        if n in drawn.per_token:
+            over = x.repeat(b, -(-t // DRAWN), *[1] * (x.ndim - 2))[:, :t].to(torch.bfloat16)
+            out[n] = over.requires_grad_(n not in fixed(op.canonical))
+        else:
+            out[n] = x.float().requires_grad_(n not in fixed(op.canonical))
+    return out
+
+
+def once(op: lsmc.LSM, x: dict[str, torch.Tensor], d_o: torch.Tensor | None) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Output and gradients of a call, and the cotangent of its output."""
+    o = op(**x)
+    d_o = torch.randn_like(o) if d_o is None else d_o
+    trained = {n: y for n, y in x.items() if y.requires_grad}
+    return {"o": o.detach(), **dict(zip(trained, torch.autograd.grad(o, list(trained.values()), d_o), strict=True))}, d_o
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    """What is equal even where it is not a number."""
+    return x.contiguous().view(torch.int16 if x.element_size() == 2 else torch.int32)
 
 
 def repeat(name: str, times: int, until: float) -> None:
     """Prints a line for each size: which results differed, and how often."""
     op = getattr(lsmc.zoo, name)
     for b, t, h, k in SIZES:
+        size = f"{name} B{b} T{t} H{h} K{k}"
         if time.time() > until:
-            print(f"{name} B{b} T{t} H{h} K{k} not reached", flush=True)
+            print(f"{size} not reached", flush=True)
             continue
         torch.manual_seed(0)
-        x = inputs_for(op.canonical, b, t, h, h, k, k, torch.bfloat16)
-        trained = {n: y.requires_grad_() for n, y in x.items() if n not in fixed(op.canonical)}
-        first: dict[str, torch.Tensor] = {}
-        differ: dict[str, int] = {}
-        for _ in range(times):
-            o = op(**x)
-            d_o = first.setdefault("d_o", torch.randn_like(o))
-            found = {"o": o.detach(), **dict(zip(trained, torch.autograd.grad(o, list(trained.values()), d_o), strict=True))}
-            for n, y in found.items():
-                if not torch.equal(first.setdefault(n, y), y):
-                    differ[n] = differ.get(n, 0) + 1
+        try:
+            x = inputs(op, b, t, h, k)
+            first, d_o = once(op, x, None)
+            differ: dict[str, int] = {}
+            for _ in range(times - 1):
+                for n, y in once(op, x, d_o)[0].items():
+                    if not torch.equal(bits(first[n]), bits(y)):
+                        differ[n] = differ.get(n, 0) + 1
+        except torch.OutOfMemoryError:
+            print(f"{size} has no room on this device", flush=True)
+            continue
         text = ", ".join(f"{n} in {count}" for n, count in differ.items())
-        print(f"{name} B{b} T{t} H{h} K{k} {times} times: {'DIFFER ' + text if differ else 'equal'}", flush=True)
+        grown = ", ".join(n for n, y in first.items() if not y.isfinite().all())
+        print(f"{size} {times} times: {'DIFFER ' + text if differ else 'equal'}{f' (not finite: {grown})' if grown else ''}", flush=True)
 
 
 def main() -> None:
