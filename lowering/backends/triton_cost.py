@@ -13,6 +13,7 @@ from lsmc.ir import Op, Program
 from lsmc.lowering.backends.triton_cut import Piece, brief, contracts, pieces
 from lsmc.lowering.backends.triton_mild import mild
 from lsmc.lowering.backends.triton_registers import alive, block, room
+from lsmc.lowering.backends.triton_steady import unweighted
 from lsmc.lowering.backends.triton_sums import gather
 from lsmc.lowering.backends.triton_walk import held
 from lsmc.schedules import Schedule, Shape
@@ -46,8 +47,8 @@ WALK = 3
 """Elementwise operations for each entry of the memory and token."""
 AGAIN = 0.8
 """What a scan's load costs that another block's program has brought to the L2 cache."""
-STREAM = {True: 1.0, False: 0.85}
-"""Part of the rate of a copy that loads and stores reach together, in scans and over chunks."""
+BOTH = 4
+"""How little a kernel over chunks loses where loads and work take alike: this norm of both is its time."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ def _piece(program: Program, p: Piece, s: Shape, target: Target, columns: int | 
     wanted = alive(program, p, tuple(one.extent.items())) // (128 * warps)
     rates = RATES[scans]
     slower = 1 + max(0, wanted - rates.registers) / rates.twice
-    waits = rates.product * one.products * slower + CHAINED * max(0, _chain(program, p) - 1) + TOKEN * walks
+    chained = max(0, _chain(program, p) - 1)
+    waits = rates.product * one.products * slower + CHAINED * chained + TOKEN * walks
     step = waits + rates.element * one.elements * 4 / warps * slower
     side_by_side = 2 + 2 * walks
     if scans and p.split in ("K", "V") and warps <= 4 and not walks and part != "combine":
@@ -110,12 +112,14 @@ def _piece(program: Program, p: Piece, s: Shape, target: Target, columns: int | 
     if scans:
         side = 1 if part == "combine" else segments  # programs of one sequence, side by side
         if warps <= 4:
-            step -= waits * (1 - (ONLY if side_by_side == 1 else ALONE if programs * side <= target.units else 1.0))
+            beside = waits - (rates.product * slower + CHAINED) * chained if side_by_side == 1 else waits
+            step -= beside * (1 - (ONLY if side_by_side == 1 else ALONE if programs * side <= target.units else 1.0))
         work = step * -(-steps // side) * -(-programs * side // resident)
     else:
         work = step * max(1.0, programs * steps / resident)
     total = one.bytes * programs * steps + 8 * sum(map(one.size, carries)) * programs  # memories are read and written once
-    seconds = target.launch_s + max(work, total / (STREAM[scans] * target.bytes_per_s))
+    stream = total / target.bytes_per_s
+    seconds = target.launch_s + (max(work, stream) if scans else (work**BOTH + stream**BOTH) ** (1 / BOTH))
     return Estimate(p.kernel.name, total, step, wanted, seconds, side_by_side == 1)
 
 
@@ -177,11 +181,13 @@ class _One:
 
 @functools.lru_cache(maxsize=1024)
 def _likely(program: Program, p: Piece) -> tuple[Program, Piece]:
-    """A piece as most chunks run it: over chunks, decays are mild."""
+    """A piece as most chunks run it: decays of a head are mild, and over chunks all are."""
+    if (found := unweighted(program, p)) is not None:
+        return found[0], p.moved(found[1])
     if p.kernel.carries or not any(op.kind in ("form", "form_gate") for op in program.ancestors(p.roots(program), p.known)):
         return program, p
     other, new = mild(program)
-    return other, replace(p, known=frozenset(new[i] for i in p.known), makes=tuple(new[i] for i in p.makes))
+    return other, p.moved(new)
 
 
 def same(body: Iterable[Op]) -> set[int]:

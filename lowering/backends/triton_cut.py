@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import sympy
@@ -38,6 +38,10 @@ class Piece:
 
     def roots(self, program: Program) -> list[int]:
         return [*self.makes, *roots(program, self.kernel)]
+
+    def moved(self, new: Mapping[int, int]) -> Piece:
+        """This launch of a program in another form, where the value i is new[i]."""
+        return replace(self, known=frozenset(new[i] for i in self.known), makes=tuple(new[i] for i in self.makes))
 
 
 def contracts(program: Program, op: Op) -> set[str]:

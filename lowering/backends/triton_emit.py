@@ -18,13 +18,14 @@ from lsmc.lowering.backends import triton_ahead
 from lsmc.lowering.backends.triton_cut import Piece, brief, contracts, phases, pieces
 from lsmc.lowering.backends.triton_mild import mild
 from lsmc.lowering.backends.triton_registers import arranged, block
+from lsmc.lowering.backends.triton_steady import decays, unweighted
 from lsmc.lowering.backends.triton_values import SIZE, Values, masked
 from lsmc.lowering.kernels import digest
 from lsmc.schedules import Kernel, Schedule
 
-TILES = ("ahead", "nothing", "exp", "power", "beside", "across", "total", "diagonal", "keep", "dot", "exact_dot", "running",
-         "later", "cumsum", "tokens", "lower", "column", "between", "between_grad", "inverse", "mild", "form_p", "form_x", "form_y",
-         "form_gate", "form_all")
+TILES = ("ahead", "again", "nothing", "exp", "power", "beside", "across", "total", "diagonal", "keep", "dot", "exact_dot",
+         "running", "later", "cumsum", "tokens", "lower", "column", "between", "between_grad", "inverse", "mild", "all_set",
+         "form_p", "form_x", "form_y", "form_gate", "form_all")
 
 
 @dataclass(frozen=True)
@@ -55,23 +56,28 @@ class Emitted:
         return bool(self.carries) or self.how == "slow"
 
 
+def launches(program: Program, schedule: Schedule) -> list[tuple[Program, Piece]]:
+    """The launches of a schedule in order, each with its program; `known` are values that earlier ones make, or that are taken."""
+    cut = pieces(program, schedule)
+    made = {i for p in cut for i in p.makes} | {i for _, i in program.taken}
+    return [(p.kernel.of(program), replace(p, known=p.known & made)) for p in cut]
+
+
 def emit(program: Program, schedule: Schedule, flagged: bool = False,
          writer: Callable[[Program, Piece], Writer] | None = None) -> tuple[str, tuple[Emitted, ...]]:
     """The module's source and its kernels; `flagged`: flags of mild chunks come with what the forward program kept; `writer`
     writes kernels that are not made of tiles."""
     parts: list[Emitted] = []
-    cut = pieces(program, schedule)
-    made = {i for p in cut for i in p.makes} | {i for _, i in program.taken}
-    every = [replace(p, known=p.known & made) for p in cut]
-    decays = {op.args[-1] for op in program.ops if op.kind in ("form", "form_gate")}
-    for p in every:
-        writers = [(writer or Writer)(p.kernel.of(program), p)]
+    every = launches(program, schedule)
+    later = {op.args[-1] for op in program.ops if op.kind in ("form", "form_gate")}
+    for own, p in every:
+        writers = [(writer or Writer)(own, p)]
         if writers[0].decays and not p.kernel.carries and (p.makes or flagged):
-            first = Writer(program, p, "fast") if flagged else Writer(program, p, "first", later=decays)
+            first = Writer(program, p, "fast") if flagged else Writer(program, p, "first", later=later)
             writers = [first, Writer(program, p, "slow")]
             flagged = True
         parts += [w.run() for w in writers]
-    programs = "\n\n".join(dict.fromkeys(str(p) for p in (program, *(p.kernel.of(program) for p in cut))))
+    programs = "\n\n".join(dict.fromkeys(str(p) for p in (program, *(own for own, _ in every))))
     body = "\n".join(p.source for p in parts)
     written = {*re.findall(r"\w+", body)}
     called = ", ".join(name for name in TILES if name in written)
@@ -104,32 +110,41 @@ class Writer(Values):
         self.waiting: list[tuple[str | None, Op]] = [*self.stores, *((None, op) for op in self.makes)]
         inner = phases(program, self.body, piece.known, piece.split or "") if piece.inner else None
         self.phases = inner or {op.id: 0 for op in self.body}
+        found = None if how else unweighted(program, piece)
+        self.unweighted = found and self._branch(*found, "unweighted", "u")
         self.mild: Writer | None = None
         if how in ("first", "fast"):
             other, new = mild(program)
-            part = replace(piece, known=frozenset(new[i] for i in piece.known), makes=tuple(new[i] for i in piece.makes))
-            self.mild = Writer(other, part, "mild", {j: i for i, j in reversed(new.items())})
-            self.mild.lines = self.lines
+            self.mild = self._branch(other, new, "mild")
             more = {self.mild.origin[op.id] for op in self.mild.takes} - {op.id for op in self.takes}
             self.takes += tuple(program.index[i] for i in sorted(more))
             if how == "first":
                 self.mild.judged = tuple(sorted(new[i] for i in self.decays))
 
+    def _branch(self, program: Program, new: dict[int, int], how: str, base: str = "") -> Writer:
+        """The writer of a branch that takes another form of the program, where the value i is new[i]; its names end with `base`."""
+        piece = self.piece
+        origin = {j: i for i, j in reversed(new.items())} | {new[i]: i for i in (*piece.known, *piece.makes)}
+        out = Writer(program, piece.moved(new), how, origin)
+        out.lines, out.base, out.suffix = self.lines, base, base
+        return out
+
     def run(self) -> Emitted:
         loops = bool(self.carries) or self.how == "slow"
         self._prologue(loops)
+        if self.how == "slow":
+            self.line("count = tl.where(all_set(_flags + place * HV + head, HV, count), 0, count)")
+        for c in self.carries:
+            self._start(c)
+        if self.unweighted:
+            self._judge()
+            self.line("if fine:")
+            there = dict(self.plain), dict(self.cast), set(self.done)
+            self._chunks(loops, self.unweighted)
+            self.plain, self.cast, self.done = there
+            self.line("else:")
+        self._chunks(loops)
         if loops:
-            for c in self.carries:
-                self._start(c)
-            segment = self.kernel.part not in ("", "combine")
-            first, last = ("low", "high") if segment else ("0", "count")
-            order = f"{'low + high' if segment else 'count'} - 1 - step" if self.kernel.reverse(self.program) else "step"
-            self.line(f"for step in range({f'{first}, ' * segment}{last}):")
-            self.indent += 1
-            self.line(f"chunk = {order}")
-        self._chunk()
-        if loops:
-            self.indent = 1
             for c in self.carries if self.kernel.part != "apply" else ():
                 self._end(c)
         self._close()
@@ -140,12 +155,39 @@ class Writer(Values):
                        triton_ahead.pays(self.program, self.piece) if self._asks() else None, self.how, self.walks,
                        sum("1" not in self.program.index[c.inp].dims for c in self.carries), source)
 
+    def _judge(self) -> None:
+        """Whether products of two powers of these numbers, of the tokens of a chunk, are far from overflow."""
+        inside = {op.id for op in self.body}
+        steady = sorted({x for i, x in decays(self.program).items() if i in inside})
+        for op in self.program.ancestors(steady, self.done):
+            self._op(op)
+            self.done.add(op.id)
+        self.line(f"fine = mild(({' + '.join(map(self.f, steady))}) * (2 * C), DT)")
+
+    def _chunks(self, loops: bool, branch: Writer | None = None) -> None:
+        """One chunk, or a loop over those of a sequence; by the program of a branch."""
+        self.indent = 1 + bool(self.unweighted)
+        if loops:
+            segment = self.kernel.part not in ("", "combine")
+            first, last = ("low", "high") if segment else ("0", "count")
+            order = f"{'low + high' if segment else 'count'} - 1 - step" if self.kernel.reverse(self.program) else "step"
+            self.line(f"for step in range({f'{first}, ' * segment}{last}):")
+            self.indent += 1
+            self.line(f"chunk = {order}")
+        self._arrive()
+        if branch:
+            branch._continue(self)
+        else:
+            self._follow()
+        self.indent = 1
+
     def _asks(self) -> bool:
         """Whether the kernel can ask for its loads as it begins: loops do so by themselves."""
         return not (self.carries or self.how == "slow" or self.piece.inner or self.walks)
 
     def _block(self) -> Callable[[int], int]:
-        program, piece = self.program, self.piece
+        likely = self.unweighted or self
+        program, piece = likely.program, likely.piece
         return functools.cache(lambda rows: block(program, piece, rows))
 
     def _close(self) -> None:
@@ -294,7 +336,8 @@ class Writer(Values):
         value = self._where_it_starts(c, "count == 0") if brief(self.program, c) else f"m_{c.name}"
         self.line(f"tl.store(e_{c.name} + at_{c.name} + {offset}, {value}, mask={mask})")
 
-    def _chunk(self) -> None:
+    def _arrive(self) -> None:
+        """Where a chunk lies, its memories, and which of them this kernel has to do."""
         w = self.line
         led = bool(self.program.counter)
         w("time = chunk * STEP" + " - skip" * led)
@@ -330,19 +373,24 @@ class Writer(Values):
             self.indent += 1
         if self.mild:
             w("if HOW == 0:")
+            self.indent += 1
             self.mild._continue(self)
+            self.indent -= 1
             w("else:")
             self.indent += 1
+
+    def _follow(self) -> None:
+        """The values of a chunk, and the memories after it."""
         if self.carries:
             self._columns()
         self._values()
         for c in self.carries:
             if not brief(self.program, c):
-                w(f"m_{c.name} = {self.f(c.out)}")
+                self.line(f"m_{c.name} = {self.f(c.out)}")
 
     def _continue(self, other: Writer) -> None:
         """Write the values in a branch of another kernel, from what is there."""
-        self.indent = other.indent + 1
+        self.indent = other.indent
         for j, i in self.origin.items():
             if i in other.done:
                 self.plain[j] = other.plain[i]
@@ -355,7 +403,7 @@ class Writer(Values):
                 self.done.add(op.id)
             sums = [f"mild({self.sums(i)}, DT).to(tl.int32)" for i in straight]
             self.line(f"fine = {' & '.join(['tl.full([], 1, tl.int32)', *sums])}")
-        self._values()
+        self._follow()
         if self.judged:
             self.line("tl.store(_flags + saved, fine)")
 
@@ -409,7 +457,7 @@ class Writer(Values):
         kept |= {op.id for op in self.body if self.phases[op.id] < phase and self.split in contracts(self.program, op)}
         body = [op for op in self.program.ancestors(ends, kept | self.piece.known) if op.id in self.phases]
         for op in sums:
-            self.line(f"a{op.id} = tl.zeros([{SIZE[op.dims[0]]}, {SIZE[op.dims[1]]}], tl.float32)")
+            self.line(f"a{op.id}{self.base} = tl.zeros([{SIZE[op.dims[0]]}, {SIZE[op.dims[1]]}], tl.float32)")
         for i in {a for op in body if op.kind == "matmul" for a in op.args} & kept & self.plain.keys():
             if "1" not in self.program.index[i].dims:
                 self.h(i)
@@ -420,13 +468,13 @@ class Writer(Values):
         self.done &= kept
         self.line("for block in tl.range(BLOCKS, disable_licm=True):")
         self.indent += 1
-        self.suffix = f"_{phase}"
+        self.suffix = f"{self.base}_{phase}"
         self._indices(self.split or "")
         for op in self._ordered(body, ends):
             if op.id not in self.done:
                 self._op(op)
             if op in sums:
-                self.line(f"a{op.id} += {self.f(op.id)}")
+                self.line(f"a{op.id}{self.base} += {self.f(op.id)}")
                 continue
             self.done.add(op.id)
             self._leave()
@@ -434,12 +482,12 @@ class Writer(Values):
             if self.phases[i] == phase:
                 self.line(f"fine = fine & mild({self.sums(i)}, DT).to(tl.int32)")
         self.indent -= 1
-        self.suffix = ""
+        self.suffix = self.base
         left = self.done
         self.plain, self.cast, self.done = before
         self.done |= {i for i in left if self.phases.get(i) == phase}
         for op in sums:
-            self.plain[op.id] = self.cast[op.id, "f"] = f"a{op.id}"
+            self.plain[op.id] = self.cast[op.id, "f"] = f"a{op.id}{self.base}"
             self.done.add(op.id)
         self._leave()
 

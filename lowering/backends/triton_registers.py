@@ -4,7 +4,7 @@ and how many programs of a scan there is room for."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from lsmc.ir import Op, Program
 from lsmc.lowering.backends.triton_cut import SCANS, Piece
@@ -34,6 +34,17 @@ def room(loaded: int, columns: int, stages: int) -> int:
     """How many programs of a scan, of two at most, a multiprocessor holds: those that load so many bytes for each chunk, so many
     chunks ahead, beside what products of these columns take."""
     return min(2, int(H200.shared_bytes // (stages * loaded + OPERANDS * columns**2)))
+
+
+def crowded(loaded: Callable[[int], int]) -> bool:
+    """Whether a scan whose programs load so many bytes for each chunk, by their columns, has room for a second program, or for one
+    of all columns that loads another chunk ahead, only if what it stores of its memory takes no shared memory beside its operand.
+    """
+    def held(programs: int, stages: int, columns: int, operands: int) -> bool:
+        memory = 2 * EXTENT["K"] * columns
+        return programs * (stages * loaded(columns) + operands * memory + 1024) <= H200.shared_bytes + 1024
+
+    return any(held(*plan, 1) and not held(*plan, 2) for plan in ((2, 2, WIDE), (1, 3, 2 * WIDE)))
 
 
 def block(program: Program, piece: Piece, rows: int = EXTENT["T"]) -> int:

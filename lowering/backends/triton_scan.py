@@ -169,7 +169,7 @@ class Walker(Writer):
         yield from ((f"t{part}", ("K", "V")) for part in sorted({p for n in fields if self._later(n) for p, _ in self._slopes(n)}))
         yield from ((f"d{n}", ("K", "V")) for n in fields if not self._later(n))
 
-    def _chunk(self) -> None:
+    def _arrive(self) -> None:
         self._spot()
         self.line("time = chunk * C")
         self.line("left = length - time")
@@ -180,6 +180,8 @@ class Walker(Writer):
                 self.line(f"tl.store(s_{c.name} + saved * ({elements}) + {offset}, "
                           f"m_{c.name}.to(s_{c.name}.dtype.element_ty), mask={mask})")
             self._is(c.inp, f"m_{c.name}")
+
+    def _follow(self) -> None:
         self.fixed_values = self._values_now()
         (self._back if self.grads else self._forth)()
         for c in self.carries:

@@ -74,6 +74,17 @@ def nothing(ROWS: tl.constexpr, COLUMNS: tl.constexpr, length):
 
 
 @triton.jit
+def again(x):
+    """The same numbers, of which the compiler does not know that: what was stored of them is on its way then. Else it writes the
+    operand of a product into shared memory before the store has left its own there, and has room for one program less."""
+    if INTERPRETED or x.dtype == tl.float32:
+        out = x
+    else:
+        out = tl.inline_asm_elementwise("// $0", "=r,0", [x], dtype=x.dtype, is_pure=False, pack=2)
+    return out
+
+
+@triton.jit
 def dot(a, b, DT: tl.constexpr):
     """a @ b on the matrix units."""
     if tl.float32 == DT:
@@ -370,6 +381,16 @@ def mild(s, DT: tl.constexpr):
     else:
         out = tl.min(s) > -80.0
     return out
+
+
+@triton.jit
+def all_set(flags, stride, count):
+    """Whether so many flags are set: many at a time, for a loop would wait for each."""
+    out = tl.full([], 1, tl.int32)
+    for first in range(0, count, 256):
+        at = first + tl.arange(0, 256)
+        out = tl.minimum(out, tl.min(tl.load(flags + at * stride, mask=at < count, other=1)))
+    return out != 0
 
 
 # How a form is computed, `HOW`: in one product, for mild decays only (0); by halving (1); whichever the decays ask for (2).

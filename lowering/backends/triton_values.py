@@ -16,6 +16,7 @@ from lsmc.factors import factor
 from lsmc.ir import Carry, Dims, Op, Program, operand
 from lsmc.lowering.backends.triton_cut import Piece, brief, shares
 from lsmc.lowering.backends.triton_print import Expression
+from lsmc.lowering.backends.triton_registers import EXTENT, crowded
 
 NAMED = "KVF"
 SIZE = {"T": "C", "K": "BK", "V": "BV", "F": "BK", "1": "1"}
@@ -49,6 +50,7 @@ class Values:
         carried = {c.name: c for c in program.carries}
         inside = {op.id for op in body}
         self.carries = tuple(carried[n] for n in self.kernel.carries)
+        self.stored = {c.inp for c in self.carries if c.name in self.kernel.saves}
         self.loads = tuple(c for c in program.carries if c.inp in inside and c.name not in self.kernel.carries)
         self.inputs = tuple(op for op in body if op.kind == "input" and op.attr("role") != "carry")
         ids = dict(program.outputs)
@@ -59,7 +61,8 @@ class Values:
         self.scaled, self.traced = self._absorbed()
         self.lines: list[str] = []
         self.indent = 1
-        self.suffix = ""  # of names in a loop over blocks
+        self.base = ""  # of names in a branch
+        self.suffix = ""  # of names, in a branch and in a loop over blocks
         self.done: set[int] = set()
         self.plain: dict[int, str] = {}  # the name of a value as it was loaded or computed
         self.cast: dict[tuple[int, str], str] = {}  # and of its other forms: float32, matrix operand, running sums
@@ -103,7 +106,15 @@ class Values:
 
     def h(self, i: int) -> str:
         """A value in the type of the matrix units' operands."""
-        return self._form_of(i, "h", f"{self.plain[i]}.to(DT)")
+        apart = i in self.stored and crowded(self._loaded_bytes)
+        return self._form_of(i, "h", f"again({self.plain[i]}.to(DT))" if apart else f"{self.plain[i]}.to(DT)")
+
+    def _loaded_bytes(self, columns: int) -> int:
+        """What one program loads for a chunk."""
+        extent = EXTENT | {str(self.split): columns}
+        loads = [*(op for op in self.inputs if op.attr("role") == "token"), *self.takes]
+        loads += [self.program.index[c.inp] for c in self.loads]
+        return sum(2 * extent[op.dims[0]] * extent[op.dims[1]] for op in loads)
 
     def gate(self, i: int) -> str:
         """A log decay, bounded below where it would only make a sum infinite: e^-128 is 0 in float32."""

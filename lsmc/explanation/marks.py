@@ -17,12 +17,14 @@ from lsmc.chunk import derive
 from lsmc.factors import hoist
 from lsmc.ir import Program
 from lsmc.lowering.backends.aten_rewrites import rewrite
+from lsmc.lowering.backends.triton_emit import launches
 from lsmc.lowering.backends.triton_mild import mild
+from lsmc.lowering.backends.triton_steady import unweighted
 from lsmc.lowering.backends.triton_sums import gather
 from lsmc.lowering.plan import Plan, sharings
 from lsmc.schedules import CUTS
 
-VALUE = re.compile(r"\b[vfghswa](\d+)(?:_\d+)*\b")
+VALUE = re.compile(r"\b[vfghswa](\d+)u?(?:_\d+)*\b")
 """A value of a generated program, in one of its forms."""
 TILE = re.compile(r"\bt_(\d+)\b")
 NAME = re.compile(r"\b(?:[poisem]|end|to)_(\w+)|tiles\['(\w+)'\]|start\['(\w+)'\]")
@@ -65,6 +67,7 @@ class Trail:
         chosen = next(pair for pair in pairs if pair == (plan.training.program, plan.backward.program))
         self.scheduled = dict(zip("fb", chosen))
         """The programs that were cut into kernels, their terms the numbers of the values here."""
+        self.schedules = {"f": plan.training.choice.schedule, "b": plan.backward.choice.schedule}
 
     def program(self, way: str) -> Program:
         return self.forward if way == "f" else self.backward
@@ -128,16 +131,18 @@ class Trail:
             return [(line, _line(line, whole, whole)) for line in text.splitlines()]
         gathered = gather(tracked)
         whole, factored = self._numbers(way, gathered), self._numbers(way, mild(gathered)[0])
-        out, inside = list[tuple[str, Marks]](), -1
+        forms = {f"{p.name}_{q.kernel.name}": unweighted(p, q) for p, q in launches(gathered, self.schedules[way])}
+        scaled = {n: self._numbers(way, form[0]) for n, form in forms.items() if form}
+        out, inside, branch, kernel = list[tuple[str, Marks]](), -1, whole, ""
         for line in text.splitlines():
             depth = len(line) - len(line.lstrip())
             if line.strip() and depth <= inside:
                 inside = -1
-            out.append((line, _line(line, whole if inside < 0 else factored, whole)))
-            if line.strip() == "if HOW == 0:":  # a branch for mild decays has a program, and numbers, of its own
-                inside = depth
+            out.append((line, _line(line, whole if inside < 0 else branch, whole)))
+            kernel = found[1] if (found := re.match(r"def (\w+)", line)) else kernel
+            if line.strip() in ("if HOW == 0:", "if fine:"):  # a branch for mild decays has a program, and numbers, of its own
+                inside, branch = depth, factored if "HOW" in line else scaled[kernel]
         return out
-
 
     def _numbers(self, way: str, program: Program) -> dict[int, set[str]]:
         """Of each value of a program whose terms are numbers of this one: the names of what it is."""

@@ -69,10 +69,12 @@ def _depth_first(body: Sequence[Op], roots: Sequence[int], weight: Weight) -> li
 
 
 class _State(NamedTuple):
-    """A set of finished values, as bits, and the best way found to it: the state before, and what came then."""
+    """A set of finished values, as bits, and the best way found to it: the state before, and what came then. `tight`: the most
+    alive where what is elementwise takes the place of an operand that nothing needs any more."""
 
     peak: int
     alive: int
+    tight: int
     done: int
     before: _State | None = None
     last: int = 0
@@ -85,7 +87,7 @@ def _searched(body: Sequence[Op], weight: Weight, keep: int) -> list[Op]:
     args = [[number[a] for a in dict.fromkeys(op.args) if a in number] for op in body]
     needs = [sum(1 << a for a in mine) for mine in args]
     users = [sum(1 << n for n, need in enumerate(needs) if need >> a & 1) for a in range(len(body))]
-    states = [_State(0, 0, 0)]
+    states = [_State(0, 0, 0, 0)]
     for _ in body:
         found: dict[int, _State] = {}
         for s in states:
@@ -93,11 +95,13 @@ def _searched(body: Sequence[Op], weight: Weight, keep: int) -> list[Op]:
                 if s.done >> n & 1 or need & ~s.done:
                     continue
                 done, most = s.done | 1 << n, s.alive + weights[n]
-                left = most - sum(weights[a] for a in (*args[n], n) if not users[a] & ~done)
-                state = _State(max(s.peak, most), left, done, s, n)
-                if done not in found or state[:2] < found[done][:2]:
+                gone = [weights[a] for a in args[n] if not users[a] & ~done]
+                place = min(weights[n], max(gone, default=0)) if body[n].kind == "map" else 0
+                left = most - sum(gone) - weights[n] * (not users[n] & ~done)
+                state = _State(max(s.peak, most), left, max(s.tight, most - place), done, s, n)
+                if done not in found or state[:3] < found[done][:3]:
                     found[done] = state
-        states = sorted(found.values(), key=lambda s: s[:2])[:keep]
+        states = sorted(found.values(), key=lambda s: s[:3])[:keep]
     path, state = list[Op](), states[0]
     while state.before:
         path.append(body[state.last])
