@@ -124,15 +124,16 @@ def compiled(subject: Subject) -> dict[str, Compiled]:
 
 
 def draw(subject: Subject, sizes: Sizes, gates: str, device: str) -> Call:
-    """Inputs of a call: `POOL` tokens of a random case in random order."""
+    """Inputs of a call: `POOL` tokens of a random case in random order; with typical gates, constants of the method are its own."""
     b, t, h, k, v = sizes
-    plan = plan_of(subject)
-    drawn = sample(resolve(subject.method), Case(1, POOL, h, key_dim=k, value_dim=v, gates=gates))
+    plan, method = plan_of(subject), resolve(subject.method)
+    drawn = sample(method, Case(1, POOL, h, key_dim=k, value_dim=v, gates=gates))
+    constants = {n: torch.tensor(values(h)) for n, values in method.canonical.defaults.items() if gates == "typical"}
     batch, tokens = (1, b * t) if subject.packed else (b, t)
     generator = None if device == "meta" else torch.Generator(device).manual_seed(0)
     inputs = {}
     for name in plan.inputs:
-        x = drawn.inputs[name].detach()
+        x = constants.get(name, drawn.inputs[name].detach())
         if name in drawn.per_token:
             rows = torch.randint(POOL, (batch, tokens), device=device, generator=generator)
             x = x.to(device, getattr(torch, subject.dtype if name in ("q", "k", "v") else subject.gates))[0][rows]
