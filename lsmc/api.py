@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from lsmc import inputs as checks
 from lsmc.errors import (
@@ -26,7 +25,7 @@ from lsmc.expr import Field
 from lsmc.lowering import ops
 from lsmc.lowering.inductor import PASSES, compile_graph
 from lsmc.lowering.plan import Repeat, backend
-from lsmc.lowering.torch_private import constant, watched
+from lsmc.lowering.torch_private import constant, unseen
 from lsmc.lsm import LSM, attach, declared
 from lsmc.pipeline import CHUNK, TYPICAL, Options, compile_plan
 from lsmc.runtime.insert import passes
@@ -130,9 +129,15 @@ def call(declaration: LSM, *, initial_state: State | None = None, return_final_s
     Raises LsmMissingInputError, LsmUnexpectedInputError, LsmShapeError, LsmDtypeError, LsmSequenceError, LsmOptionError
     before anything runs, and LsmNotAffineError or LsmNoChunkFormError for declarations without a chunk form.
     """
+    likeness = None
+    if cu_seqlens is None and not torch.compiler.is_compiling():
+        likeness = _likeness(declaration.key, scale, inputs, initial_state, chunk, schedule)
+        if likeness in _REPEATED and (found := _REPEATED[likeness](inputs, initial_state)) is not None:
+            return found if return_final_state else found[0]
     tensors, start, spec = _prepared(declaration, inputs, initial_state, cu_seqlens, scale, chunk, schedule)
     states = _signature(declaration.key)[2]
     o, *ends = ops.run(tensors, start, cu_seqlens, spec, not recompute)[: 1 + len(states)]
+    _remember(likeness, declaration, inputs, tensors, start, spec, o.dtype)
     if not return_final_state:
         return o
     return o, _state(ends, states)
@@ -241,31 +246,27 @@ def step(declaration: LSM, *, state: State | None = None, scale: float = 1.0, **
     """
     likeness = None
     if not torch.compiler.is_compiling():
-        likeness = _likeness(declaration.key, scale, inputs, state)
-        if likeness in _STEPS and (found := _STEPS[likeness](inputs, state)) is not None:
-            return found
+        likeness = _likeness(declaration.key, scale, inputs, state, "step")
+        if likeness in _REPEATED and (found := _REPEATED[likeness](inputs, state)) is not None:
+            return found[0][:, 0], found[1]
         checks.bind(declaration.canonical, inputs, initial_state=state, step=True)
     tokens = _per_token(declaration.key)
     wide = {n: x[:, None] if n in tokens and x is not None else x for n, x in inputs.items()}
     tensors, start, spec = _prepared(declaration, wide, state, None, scale, None, None)
-    names, _, dims = _signature(declaration.key)
+    dims = _signature(declaration.key)[2]
     o, *ends = ops.run(tensors, start, None, spec)[: 1 + len(dims)]
-    if likeness is not None and (repeat := ops.recorded(tensors, start, spec)) is not None:
-        fixed = {n: x for n, x in zip(names, tensors) if inputs.get(n) is None}
-        if len(_STEPS) >= STEPS:
-            _STEPS.clear()
-        _STEPS[likeness] = _Step(repeat, fixed, tuple(f.name for f in declaration.canonical.states), dims, o.dtype)
+    _remember(likeness, declaration, inputs, tensors, start, spec, o.dtype)
     return o[:, 0], _state(ends, dims)
 
 
-STEPS = 256
-"""Kinds of steps that are remembered."""
+REPEATED = 256
+"""Kinds of calls and steps that are remembered."""
 
 
 @dataclass(frozen=True)
-class _Step:
-    """A step on other tensors like those that it was recorded on: the launch alone, into new tensors. `fixed` are inputs that the
-    call leaves to their defaults. None where the launch holds no longer."""
+class _Repeated:
+    """A call on other tensors like those that it was recorded on: the launches alone, into new tensors. `fixed` are inputs that the
+    call leaves to their defaults. None where the launches hold no longer."""
 
     repeat: Repeat
     fixed: Mapping[str, Tensor]
@@ -279,28 +280,40 @@ class _Step:
         if made is None:
             return None
         outputs, ends = made
-        return outputs["o"][:, 0].to(self.dtype), _state([ends[n] for n in self.memories], self.dims)
+        return outputs["o"].to(self.dtype), _state([ends[n] for n in self.memories], self.dims)
 
 
-_STEPS: dict[tuple[object, ...] | None, _Step] = {}
+_REPEATED: dict[tuple[object, ...] | None, _Repeated] = {}
 
 
-def _likeness(key: str, scale: float, inputs: Mapping[str, Any], state: State | None) -> tuple[object, ...] | None:
-    """What two steps have in common that are launched alike; None for those that are not recorded: on other devices than GPUs, with
-    derivatives, under autocast, where modes look at operators, of views that negate, of memories that are not float32, of rows with
-    gaps that all heads share."""
+def _remember(likeness: tuple[object, ...] | None, declaration: LSM, inputs: Mapping[str, Any], tensors: Sequence[Tensor],
+              start: Sequence[Tensor], spec: str, dtype: torch.dtype) -> None:
+    """Keep what was recorded of a call, if something was, for calls like it."""
+    if likeness is None or (repeat := ops.recorded(tensors, start, spec)) is None:
+        return
+    names, _, dims = _signature(declaration.key)
+    fixed = {n: x for n, x in zip(names, tensors) if inputs.get(n) is None}
+    if len(_REPEATED) >= REPEATED:
+        _REPEATED.clear()
+    _REPEATED[likeness] = _Repeated(repeat, fixed, tuple(f.name for f in declaration.canonical.states), dims, dtype)
+
+
+def _likeness(key: str, scale: float, inputs: Mapping[str, Any], state: State | None, *how: object) -> tuple[object, ...] | None:
+    """What two calls have in common that are launched alike; None for those that are not recorded: on other devices than GPUs, with
+    derivatives, under autocast, where somebody would see the operator, of views that negate, of memories that are not float32, of
+    rows with gaps that all heads share; and for what no call takes as a scale."""
     memories = () if state is None else tuple(state) if isinstance(state, tuple | list) else (state,)
     named = {n: x for n, x in inputs.items() if x is not None}
     given = (*named.values(), *memories)
-    if not all(type(x) in (Tensor, Parameter) and x.is_cuda and not x.is_neg() for x in given):
+    if type(scale) not in (float, int) or not all(isinstance(x, Tensor) and x.is_cuda for x in given):
+        return None
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given) or torch.is_autocast_enabled("cuda") or not unseen(given):
         return None
     if any(x.dtype != torch.float32 for x in memories):
         return None
-    if torch.is_grad_enabled() and any(x.requires_grad for x in given) or torch.is_autocast_enabled("cuda") or watched():
-        return None
     if not all(named[n].is_contiguous() for n in _shared(key) if n in named):
         return None
-    return key, scale, *named, *((x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16) for x in given)
+    return key, scale, *how, *named, *((x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16) for x in given)
 
 
 def compile(model: Any, *, mesh: Any = None, disable: tuple[str, ...] = (), **options: Any) -> Any:

@@ -516,12 +516,68 @@ def test_a_step_like_an_earlier_one_repeats_its_launch_on_what_it_is_given(op: L
 
         return repeat
 
-    monkeypatch.setattr(lsmc.api, "_STEPS", {})
+    monkeypatch.setattr(lsmc.api, "_REPEATED", {})
     monkeypatch.setattr(lsmc.api, "_likeness", lambda *given: given[0])
     monkeypatch.setattr(ops, "recorded", recorded)
     for x, y in zip(steps(), wanted, strict=True):
         assert x.shape == y.shape and torch.equal(x, y)
     assert len(repeated) == 2
+
+
+@each(lsmc.zoo.retnet, lsmc.zoo.gateloop, normalised)
+@pytest.mark.parametrize("state", [False, True])
+def test_a_call_like_an_earlier_one_repeats_its_launches_on_what_it_is_given(
+        op: LSM, state: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other inputs and memories of the same sizes: the same numbers as through the operator, with the final state where it is asked
+    for. (What is repeated here is the operator's program: only GPUs record launches.)"""
+    calls = [sample(op, Case(2, 5, 2, key_dim=4, value_dim=3, initial_state=state, seed=n)) for n in range(3)]
+
+    def run() -> list[Tensor]:
+        out = list[Tensor]()
+        for n, drawn in enumerate(calls):
+            inputs = {m: x.detach() for m, x in drawn.inputs.items() if m not in op.canonical.defaults}
+            with torch.no_grad():
+                found = op(**inputs, initial_state=drawn.state, return_final_state=n != 1)
+            out += tensors(found) if n != 1 and not isinstance(found[1], tuple) else [found] if n == 1 else [found[0], *found[1]]
+        return out
+
+    wanted, repeated = run(), list[int]()
+
+    def recorded(given: list[Tensor], start: list[Tensor], spec: str) -> Any:
+        plan = ops.plan_of(spec)
+
+        def repeat(inputs: dict[str, Tensor], memories: dict[str, Tensor]) -> Any:
+            repeated.append(1)
+            tiles = {n: m.reshape(s.shape) for (n, m), s in zip(memories.items(), start)}
+            whole = tiles or dict(zip(plan.carries, ops._start(plan, given, start, None)))
+            return plan.forward.executable.launch({n: inputs[n] for n in plan.inputs}, whole, plan.chunk)
+
+        return repeat
+
+    monkeypatch.setattr(lsmc.api, "_REPEATED", {})
+    monkeypatch.setattr(lsmc.api, "_likeness", lambda *given: given[0])
+    monkeypatch.setattr(ops, "recorded", recorded)
+    for x, y in zip(run(), wanted, strict=True):
+        assert x.shape == y.shape and torch.equal(x, y)
+    assert len(repeated) == 2
+
+
+def test_what_decides_a_launch_tells_calls_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes, scale, chunk and schedule, memories, steps; scales that no call takes are not looked up, nor is what learns."""
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    key, x, m = lsmc.zoo.bla.key, torch.randn(2, 4, 2, 8), torch.zeros(2, 2, 8, 8)
+
+    def likeness(*how: object, scale: Any = 1.0, x: Tensor = x, state: Tensor | None = None) -> Any:
+        return lsmc.api._likeness(key, scale, {"q": x, "k": x, "v": x}, state, *how)
+
+    found = [likeness(None, None), likeness(16, None), likeness(None, "fused"), likeness("step"), likeness(None, None, scale=2.0),
+             likeness(None, None, x=torch.randn(2, 5, 2, 8)), likeness(None, None, state=m), likeness(None, None, x=x.half())]
+    assert None not in found and len({*found}) == len(found)
+    assert likeness(None, None) == likeness(None, None, x=torch.randn(2, 4, 2, 8))
+    assert likeness(scale=[1.0]) is None and likeness(scale=torch.ones(())) is None
+    assert likeness(x=torch.randn(2, 4, 2, 8, requires_grad=True)) is None
+    with torch.no_grad():
+        assert likeness(x=torch.randn(2, 4, 2, 8, requires_grad=True)) is not None
 
 
 def test_views_that_negate_are_no_recorded_steps(monkeypatch: pytest.MonkeyPatch) -> None:
