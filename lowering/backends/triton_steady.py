@@ -52,11 +52,11 @@ class Scaled:
 def decays(program: Program) -> dict[int, int]:
     """The decays between tokens, (T, T), that are powers of one number a head: each with its log decay."""
     inner = {op.id: program.index[op.args[0]] for op in program.ops if op.kind == "mask"}
-    found = {i: times(program, op.args[0]) for i, op in inner.items() if op.kind == "map" and op.attr("expr") == exp(operand(0))}
+    found = {i: multiple(program, op.args[0]) for i, op in inner.items() if op.kind == "map" and op.attr("expr") == exp(operand(0))}
     return {i: x[0] for i, x in found.items() if x is not None and x[1].kind == "map"}
 
 
-def times(program: Program, i: int) -> tuple[int, Op] | None:
+def multiple(program: Program, i: int) -> tuple[int, Op] | None:
     """Of a value x n, with one number x and numbers n of tokens, differences of two for pairs of tokens: x and n."""
     op = program.index[i]
     if op.kind != "map" or op.attr("expr") != operand(0) * operand(1):
@@ -139,7 +139,7 @@ class _Unweighted:
 
     def _power(self, i: int) -> Scaled | None:
         """e^{x n} as what it scales, where the value i is x n."""
-        found = times(self.program, i)
+        found = multiple(self.program, i)
         if found is None:
             return None
         (x, count), dims = found, self.program.index[i].dims
