@@ -489,10 +489,28 @@ def test_a_wrong_call_is_named_within_a_second(mistake: str) -> None:
     assert time.perf_counter() - started < 1
 
 
+def record(monkeypatch: pytest.MonkeyPatch, repeated: list[int], tokens: Callable[[str, Tensor], Tensor]) -> None:
+    """Every call is recorded, and like every other of its method: what is repeated is the operator's program, on inputs as `tokens`
+    makes them of the call's (only GPUs record launches)."""
+    def recorded(tensors: list[Tensor], start: list[Tensor], spec: str) -> Any:
+        plan = ops.plan_of(spec)
+
+        def repeat(given: dict[str, Tensor], memories: dict[str, Tensor]) -> Any:
+            repeated.append(1)
+            first = start or ops._start(plan, tensors, start, None)
+            tiles = {n: m.reshape(s.shape) for (n, m), s in zip(memories.items(), first)} or dict(zip(plan.carries, first))
+            return plan.forward.executable.launch({n: tokens(n, given[n]) for n in plan.inputs}, tiles, plan.chunk)
+
+        return repeat
+
+    monkeypatch.setattr(lsmc.api, "_REPEATED", {})
+    monkeypatch.setattr(lsmc.api, "_likeness", lambda *given: given[0])
+    monkeypatch.setattr(ops, "recorded", recorded)
+
+
 @each(lsmc.zoo.retnet, lsmc.zoo.gateloop, normalised)
 def test_a_step_like_an_earlier_one_repeats_its_launch_on_what_it_is_given(op: LSM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other inputs, another state, defaults that are left out: the same numbers as through the operator, of the same shapes. (What
-    is repeated here is the operator's program: only GPUs record launches.)"""
+    """Other inputs, another state, defaults that are left out: the same numbers as through the operator, of the same shapes."""
     drawn = sample(op, Case(2, 3, 2, key_dim=4, value_dim=3, initial_state=True))
     inputs = {n: x.detach() for n, x in drawn.inputs.items() if n not in op.canonical.defaults}
     tokens = [{n: x[:, t] if n in drawn.per_token else x for n, x in inputs.items()} for t in range(3)]
@@ -506,19 +524,7 @@ def test_a_step_like_an_earlier_one_repeats_its_launch_on_what_it_is_given(op: L
 
     wanted, repeated = steps(), list[int]()
 
-    def recorded(tensors: list[Tensor], start: list[Tensor], spec: str) -> Any:
-        plan = ops.plan_of(spec)
-
-        def repeat(given: dict[str, Tensor], memories: dict[str, Tensor]) -> Any:
-            repeated.append(1)
-            whole = {n: given[n][:, None] if n in drawn.per_token else given[n] for n in plan.inputs}
-            return plan.forward.executable.launch(whole, {n: m.reshape(s.shape) for (n, m), s in zip(memories.items(), start)}, plan.chunk)
-
-        return repeat
-
-    monkeypatch.setattr(lsmc.api, "_REPEATED", {})
-    monkeypatch.setattr(lsmc.api, "_likeness", lambda *given: given[0])
-    monkeypatch.setattr(ops, "recorded", recorded)
+    record(monkeypatch, repeated, lambda n, x: x[:, None] if n in drawn.per_token else x)
     for x, y in zip(steps(), wanted, strict=True):
         assert x.shape == y.shape and torch.equal(x, y)
     assert len(repeated) == 2
@@ -529,7 +535,7 @@ def test_a_step_like_an_earlier_one_repeats_its_launch_on_what_it_is_given(op: L
 def test_a_call_like_an_earlier_one_repeats_its_launches_on_what_it_is_given(
         op: LSM, state: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other inputs and memories of the same sizes: the same numbers as through the operator, with the final state where it is asked
-    for. (What is repeated here is the operator's program: only GPUs record launches.)"""
+    for."""
     calls = [sample(op, Case(2, 5, 2, key_dim=4, value_dim=3, initial_state=state, seed=n)) for n in range(3)]
 
     def run() -> list[Tensor]:
@@ -543,20 +549,7 @@ def test_a_call_like_an_earlier_one_repeats_its_launches_on_what_it_is_given(
 
     wanted, repeated = run(), list[int]()
 
-    def recorded(given: list[Tensor], start: list[Tensor], spec: str) -> Any:
-        plan = ops.plan_of(spec)
-
-        def repeat(inputs: dict[str, Tensor], memories: dict[str, Tensor]) -> Any:
-            repeated.append(1)
-            tiles = {n: m.reshape(s.shape) for (n, m), s in zip(memories.items(), start)}
-            whole = tiles or dict(zip(plan.carries, ops._start(plan, given, start, None)))
-            return plan.forward.executable.launch({n: inputs[n] for n in plan.inputs}, whole, plan.chunk)
-
-        return repeat
-
-    monkeypatch.setattr(lsmc.api, "_REPEATED", {})
-    monkeypatch.setattr(lsmc.api, "_likeness", lambda *given: given[0])
-    monkeypatch.setattr(ops, "recorded", recorded)
+    record(monkeypatch, repeated, lambda n, x: x)
     for x, y in zip(run(), wanted, strict=True):
         assert x.shape == y.shape and torch.equal(x, y)
     assert len(repeated) == 2
