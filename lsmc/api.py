@@ -301,11 +301,13 @@ def _remember(likeness: tuple[object, ...] | None, declaration: LSM, inputs: Map
 def _likeness(key: str, scale: float, inputs: Mapping[str, Any], state: State | None, *how: object) -> tuple[object, ...] | None:
     """What two calls have in common that are launched alike; None for those that are not recorded: on other devices than GPUs, with
     derivatives, under autocast, where somebody would see the operator, of views that negate, of memories that are not float32, of
-    rows with gaps that all heads share; and for what no call takes as a scale."""
+    rows with gaps that all heads share; and for what no call takes as a scale, a chunk or a schedule."""
     memories = () if state is None else tuple(state) if isinstance(state, tuple | list) else (state,)
     named = {n: x for n, x in inputs.items() if x is not None}
     given = (*named.values(), *memories)
-    if type(scale) not in (float, int) or not all(isinstance(x, Tensor) and x.is_cuda for x in given):
+    if type(scale) not in (float, int) or not all(h is None or type(h) in (int, str) for h in how):
+        return None
+    if not all(isinstance(x, Tensor) and x.is_cuda for x in given):
         return None
     if torch.is_grad_enabled() and any(x.requires_grad for x in given) or torch.is_autocast_enabled("cuda") or not unseen(given):
         return None

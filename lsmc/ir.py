@@ -91,6 +91,11 @@ def operand(i: int) -> sympy.Symbol:
     return sympy.Symbol(f"x{i}", real=True)
 
 
+def place(symbol: sympy.Expr) -> int:
+    """The number of the operand that a symbol stands for."""
+    return int(str(symbol)[1:])
+
+
 @dataclass(frozen=True)
 class Op:
     """One single-assignment operation: `%id: (rows, cols) = kind(args){attrs}`."""

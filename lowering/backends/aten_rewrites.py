@@ -12,7 +12,7 @@ import sympy
 
 from lsmc import affine
 from lsmc.affine import Affine
-from lsmc.ir import Builder, Carry, Dims, LsmIRError, Op, Program, Scanned, operand
+from lsmc.ir import Builder, Carry, Dims, LsmIRError, Op, Program, Scanned, operand, place
 
 Factor = tuple[int, bool]
 """A matrix and whether it is transposed."""
@@ -30,14 +30,14 @@ class _Values(Builder):
         for node in sorted(expr.atoms(sympy.Function), key=str):
             if node == expr or node.args[0] not in {operand(i) for i in range(len(args))}:
                 continue
-            arg = args[int(str(node.args[0])[1:])]
+            arg = args[place(node.args[0])]
             alone = node.xreplace({node.args[0]: operand(0)})
             there = self.known("map", self.dims(arg), arg, expr=alone)
             if there is not None:
                 expr = expr.xreplace({node: operand(len(operands))})
                 operands.append(there)
         if isinstance(expr, sympy.Add) and all(a.is_Symbol for a in expr.args):
-            return self.summed([operands[int(str(a)[1:])] for a in expr.args])
+            return self.summed([operands[place(a)] for a in expr.args])
         return self.map(expr, *operands)
 
     def summed(self, terms: list[int]) -> int:

@@ -20,7 +20,7 @@ from lsmc.lowering.backends import triton_tiles
 from lsmc.lowering.backends.triton_cut import brief, whole
 from lsmc.lowering.backends.triton_emit import Emitted, emit
 from lsmc.lowering.backends.triton_record import Launched, Likeness, Recording, Room, likeness, recordable
-from lsmc.lowering.backends.triton_registers import NARROW, OPERANDS, WIDE, room
+from lsmc.lowering.backends.triton_registers import NARROW, OPERANDS, WIDE, area, room
 from lsmc.lowering.backends.triton_scan import GROUP, walked, writer
 from lsmc.lowering.backends.triton_sums import gather
 from lsmc.lowering.backends.triton_walk import Stepper, held
@@ -429,8 +429,7 @@ def plan_of(k: Emitted, key: int, value: int, sequences: int, chunk: int, elemen
 
 def _loaded(k: Emitted, extent: dict[str, int]) -> int:
     """Numbers that a scan loads for one chunk."""
-    tiles = [*(op.dims for op in (*k.inputs, *k.takes)), *[("K", "V")] * len(k.loads)]
-    return sum(extent[r] * extent[c] for r, c in tiles)
+    return area((*(op.dims for op in (*k.inputs, *k.takes)), *[("K", "V")] * len(k.loads)), extent)
 
 
 def _fits(loaded: int, columns: int) -> bool:

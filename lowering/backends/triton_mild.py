@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import sympy
 
 from lsmc.functions import exp
-from lsmc.ir import Builder, Op, Program, operand
+from lsmc.ir import Builder, Op, Program, operand, place
 from lsmc.lowering.backends.triton_sums import plain_sum, product, together
 
 Term = tuple[sympy.Expr, tuple[int, ...]]
@@ -83,7 +83,7 @@ class _Factored(Builder):
         out = list[Term | None]()
         for part in sympy.Add.make_args(expr):
             number, rest = part.as_coeff_Mul()
-            op = self.ops[args[_place(rest)]] if rest.is_Symbol else None
+            op = self.ops[args[place(rest)]] if rest.is_Symbol else None
             if op is not None and op.kind == "map" and op.attr("expr").is_Add:
                 out += [t and (number * t[0], t[1]) for t in self._terms(op.attr("expr"), op.args)]
             else:
@@ -97,7 +97,7 @@ class _Factored(Builder):
             if f.is_number:
                 number *= f
             elif base.is_Symbol and power.is_Integer and power > 0:
-                c, vs = product(self, args[_place(base)])
+                c, vs = product(self, args[place(base)])
                 number, values = number * c**power, values + list(vs) * int(power)
             else:
                 return None
@@ -123,10 +123,6 @@ class _Factored(Builder):
         number, values = term
         expr = sympy.Mul(number, *(operand(i) for i in range(len(values))))
         return super().map(expr, *sorted(values, key=lambda v: "1" not in self.dims(v)))
-
-
-def _place(symbol: sympy.Expr) -> int:
-    return int(str(symbol)[1:])
 
 
 def _without(values: tuple[int, ...], one: int) -> tuple[int, ...]:
@@ -175,10 +171,10 @@ def _shared(b: _Factored, program: Program, op: Op, args: list[int], decays: set
     operands = list(args)
     for node in sorted(expr.atoms(exp), key=str):
         inner = node.args[0]
-        sums = program.index[op.args[_place(inner)]] if inner.is_Symbol else None
+        sums = program.index[op.args[place(inner)]] if inner.is_Symbol else None
         if sums is None or sums.kind != "cumsum" or sums.args[0] not in decays:
             continue
-        g = b.ops[args[_place(inner)]].args[0]
+        g = b.ops[args[place(inner)]].args[0]
         if not sums.attr("reverse"):
             value = b.up(g, sums.attr("exclusive"))
         elif sums.attr("exclusive"):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping
 
-from lsmc.ir import Op, Program
+from lsmc.ir import Dims, Op, Program
 from lsmc.lowering.backends.triton_cut import SCANS, Piece
 from lsmc.schedules.order import QUICK, Weight, order, peak
 from lsmc.target import H200
@@ -34,6 +34,11 @@ def room(loaded: int, columns: int, stages: int) -> int:
     """How many programs of a scan, of two at most, a multiprocessor holds: those that load so many bytes for each chunk, so many
     chunks ahead, beside what products of these columns take."""
     return min(2, int(H200.shared_bytes // (stages * loaded + OPERANDS * columns**2)))
+
+
+def area(tiles: Iterable[Dims], extent: Mapping[str, int]) -> int:
+    """Numbers in tiles of these dimensions."""
+    return sum(extent[r] * extent[c] for r, c in tiles)
 
 
 def crowded(loaded: Callable[[int], int]) -> bool:

@@ -19,7 +19,7 @@ import sympy
 
 from lsmc.expr import number
 from lsmc.functions import exp
-from lsmc.ir import READ_AT, Carry, Dims, Op, Program, Scanned, operand
+from lsmc.ir import READ_AT, Carry, Dims, Op, Program, Scanned, operand, place
 from lsmc.lowering.backends.triton_cut import SCANS, Piece, contracts
 from lsmc.lowering.backends.triton_emit import Writer
 from lsmc.lowering.backends.triton_print import Expression
@@ -127,7 +127,7 @@ class Walker(Writer):
 
     def _later(self, n: int) -> bool:
         """The gradient by a field that is the same for all tokens, with slopes that are: they multiply the sum over tokens."""
-        used = {int(str(s)[1:]) for _, slope in self._slopes(n) for s in slope.free_symbols}
+        used = {place(s) for _, slope in self._slopes(n) for s in slope.free_symbols}
         return not any(self.tokens[self.of.fields[m]] for m in used)
 
     # -- the frame ----------------------------------------------------------------------------------------------------
@@ -497,8 +497,8 @@ class Walker(Writer):
 
     def _ask(self, at: str, memory: dict[str, str]) -> None:
         """What queries that read the memory here add to its cotangent, and what they get."""
-        for query, d, place in self.asked:
-            if place == at:
+        for query, d, where in self.asked:
+            if where == at:
                 q, cotangent = self._need(query), self._need(d)
                 self.line(f"w = w + {q} * {cotangent}")
         for (role, _), ops in self.grads.items():

@@ -25,7 +25,7 @@ from typing import TypeVar
 import sympy
 
 from lsmc.functions import exp, relu
-from lsmc.ir import Builder, Dims, Op, Program, operand
+from lsmc.ir import Builder, Dims, Op, Program, operand, place
 from lsmc.lowering.backends.triton_cut import Piece
 
 Key = TypeVar("Key")
@@ -177,8 +177,8 @@ class _Unweighted:
             if f.is_number:
                 number *= f
             elif f.is_Symbol:
-                factors.append(args[_place(f)])
-            elif isinstance(f, exp) and f.args[0].is_Symbol and (power := self._power(op.args[_place(f.args[0])])) is not None:
+                factors.append(args[place(f)])
+            elif isinstance(f, exp) and f.args[0].is_Symbol and (power := self._power(op.args[place(f.args[0])])) is not None:
                 factors.append(power)
             else:
                 return None
@@ -234,10 +234,6 @@ class _Unweighted:
         b = self.b
         for (x, exclusive), p in powers.items():
             yield b.exp(b.map(p * operand(0) * operand(1), self.new[x], b.cumsum(self.rows, exclusive=exclusive)))
-
-
-def _place(symbol: sympy.Expr) -> int:
-    return int(str(symbol)[1:])
 
 
 def _times(x: Mapping[Key, int], y: Mapping[Key, int], power: int = 1) -> dict[Key, int]:

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import sympy
 
-from lsmc.ir import Builder, Op, Program, operand, prune, verify
+from lsmc.ir import Builder, Op, Program, operand, place, prune, verify
 from lsmc.lowering.backends.triton_cut import SCANS, splits
 from lsmc.lowering.backends.triton_linear import distributed
 from lsmc.schedules import Kernel
@@ -90,7 +90,7 @@ def product(b: Builder, a: int) -> tuple[sympy.Expr, tuple[int, ...]]:
     expr = op.attr("expr") if op.kind == "map" else None
     if expr is None or expr.is_Add or any(not (f.is_Symbol or f.is_number) for f in sympy.Mul.make_args(expr)):
         return sympy.Integer(1), (a,)
-    parts = [(f, ()) if f.is_number else product(b, op.args[int(str(f)[1:])]) for f in sympy.Mul.make_args(expr)]
+    parts = [(f, ()) if f.is_number else product(b, op.args[place(f)]) for f in sympy.Mul.make_args(expr)]
     return sympy.Mul(*(c for c, _ in parts)), tuple(sorted(v for _, vs in parts for v in vs))
 
 

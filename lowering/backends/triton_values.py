@@ -16,7 +16,7 @@ from lsmc.factors import factor
 from lsmc.ir import Carry, Dims, Op, Program, operand
 from lsmc.lowering.backends.triton_cut import Piece, brief, shares
 from lsmc.lowering.backends.triton_print import Expression
-from lsmc.lowering.backends.triton_registers import EXTENT, crowded
+from lsmc.lowering.backends.triton_registers import EXTENT, area, crowded
 
 NAMED = "KVF"
 SIZE = {"T": "C", "K": "BK", "V": "BV", "F": "BK", "1": "1"}
@@ -111,10 +111,9 @@ class Values:
 
     def _loaded_bytes(self, columns: int) -> int:
         """What one program loads for a chunk."""
-        extent = EXTENT | {str(self.split): columns}
-        loads = [*(op for op in self.inputs if op.attr("role") == "token"), *self.takes]
-        loads += [self.program.index[c.inp] for c in self.loads]
-        return sum(2 * extent[op.dims[0]] * extent[op.dims[1]] for op in loads)
+        tokens = (op for op in self.inputs if op.attr("role") == "token")
+        loads = (*tokens, *self.takes, *(self.program.index[c.inp] for c in self.loads))
+        return 2 * area((op.dims for op in loads), EXTENT | {str(self.split): columns})
 
     def gate(self, i: int) -> str:
         """A log decay, bounded below where it would only make a sum infinite: e^-128 is 0 in float32."""

@@ -23,7 +23,6 @@ import torch
 import lsmc
 from lsmc.cases import Case, sample
 from lsmc.zoo import METHODS
-from tests.gpu.run_h200 import fixed
 
 SIZES = ((16, 4096, 8, 128), (8, 2048, 8, 128), (1, 4096, 56, 64), (2, 300, 3, 128), (1, 16384, 8, 128))
 """B, T, H and K = V: many programs on a multiprocessor, one, few columns, a part of a chunk, segments."""
@@ -37,12 +36,10 @@ def inputs(op: lsmc.LSM, b: int, t: int, h: int, k: int) -> dict[str, torch.Tens
     drawn = sample(op, Case(time=min(t, DRAWN), heads=h, key_dim=k, value_dim=k, defaults=True))
     out = {}
     for n, x in drawn.inputs.items():
-        x = x.detach().cuda()
+        x = x.detach().cuda().float()
         if n in drawn.per_token:
-            over = x.repeat(b, -(-t // DRAWN), *[1] * (x.ndim - 2))[:, :t].to(torch.bfloat16)
-            out[n] = over.requires_grad_(n not in fixed(op.canonical))
-        else:
-            out[n] = x.float().requires_grad_(n not in fixed(op.canonical))
+            x = x.repeat(b, -(-t // DRAWN), *[1] * (x.ndim - 2))[:, :t].to(torch.bfloat16)
+        out[n] = x.requires_grad_()
     return out
 
 
@@ -50,8 +47,7 @@ def once(op: lsmc.LSM, x: dict[str, torch.Tensor], d_o: torch.Tensor | None) -> 
     """Output and gradients of a call, and the cotangent of its output."""
     o = op(**x)
     d_o = torch.randn_like(o) if d_o is None else d_o
-    trained = {n: y for n, y in x.items() if y.requires_grad}
-    return {"o": o.detach(), **dict(zip(trained, torch.autograd.grad(o, list(trained.values()), d_o), strict=True))}, d_o
+    return {"o": o.detach(), **dict(zip(x, torch.autograd.grad(o, list(x.values()), d_o), strict=True))}, d_o
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:

@@ -567,7 +567,7 @@ def test_what_decides_a_launch_tells_calls_apart(monkeypatch: pytest.MonkeyPatch
              likeness(None, None, x=torch.randn(2, 5, 2, 8)), likeness(None, None, state=m), likeness(None, None, x=x.half())]
     assert None not in found and len({*found}) == len(found)
     assert likeness(None, None) == likeness(None, None, x=torch.randn(2, 4, 2, 8))
-    assert likeness(scale=[1.0]) is None and likeness(scale=torch.ones(())) is None
+    assert likeness(scale=[1.0]) is None and likeness(scale=torch.ones(())) is None and likeness([64], None) is None
     assert likeness(x=torch.randn(2, 4, 2, 8, requires_grad=True)) is None
     with torch.no_grad():
         assert likeness(x=torch.randn(2, 4, 2, 8, requires_grad=True)) is not None

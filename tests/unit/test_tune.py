@@ -295,6 +295,14 @@ def test_a_key_holds_what_decides_code_and_time() -> None:
         assert store.key_of(LIKE, dataclasses.replace(HERE, **change)) != store.key_of(LIKE, HERE)
 
 
+def test_trials_with_typical_gates_take_the_constants_of_the_method() -> None:
+    """A scan takes as long as its slowest head: decays that no model has would be what is timed. Other gates vary them as well."""
+    made = subject("retnet")
+    own = torch.tensor(lsmc.zoo.retnet.canonical.defaults["log_a"](2))
+    drawn = {gates: trials.draw(made, (2, 64, 2, 32, 32), gates, "cpu").inputs["log_a"] for gates in ("typical", "mixture")}
+    assert torch.equal(drawn["typical"], own) and not torch.equal(drawn["mixture"], own)
+
+
 # -- look-up ----------------------------------------------------------------------------------------------------------
 
 
