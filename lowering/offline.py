@@ -65,7 +65,7 @@ def resource(compiled: Compiled, k: Emitted, key: int, value: int, chunk: int, d
     types = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
     plan = dict(plan)
     value = key if k.kernel.part == "factor" else value
-    options = {o: plan.pop(o) for o in ("num_warps", "num_stages")}
+    options = {o: plan.pop(o) for o in ("num_warps", "num_stages", "maxnreg") if o in plan}
     chunk = 1 if k.kernel.walks else chunk
     rows = chunk if k.walks else max(chunk, 16)
     constants: dict[str, Any] = {"C": rows, "STEP": chunk, "LEVELS": rows.bit_length() - 1, "K": key, "V": value, "PACKED": False,

@@ -22,8 +22,10 @@ from lsmc.target import H200, Target
 COLUMNS = (32, 64, 128)
 STAGES = {True: (2, 3), False: (2, 1)}
 """Loads ahead of scans, and of loops over the blocks of a chunk: with three, those gave other numbers now and then."""
-MOST = 7
+MOST = 8
 """Candidates of one kernel, the default among them."""
+THREE = 168
+"""Registers of a thread with which a multiprocessor has room for three programs of four warps."""
 HOPELESS = 2.0
 """Predicted times of the default's after which a candidate is not tried."""
 MARGIN = 0.98
@@ -60,7 +62,8 @@ def candidates(compiled: Compiled, shape: Shape, target: Target = H200) -> dict[
     the best predictions: the model knows columns better than loads ahead.
 
     Varied are the columns of the split dimension; where there is a loop, the loads ahead, elsewhere whether they are asked for
-    first; and eight warps where one program takes all columns (they were slower everywhere else).
+    first; eight warps where one program takes all columns (they were slower everywhere else); and, of kernels over chunks, so few
+    registers that a third program has room, which is worth some spills where programs wait for loads and products.
     """
     out: dict[str, dict[Candidate, float]] = {}
     usual = defaults(compiled, shape)
@@ -80,6 +83,8 @@ def candidates(compiled: Compiled, shape: Shape, target: Target = H200) -> dict[
                 else:
                     stages = STAGES[k.scan] if (k.scan or k.inner) and not k.walks else ()
                     plans = [{**sized, "num_stages": n} for n in dict.fromkeys((base["num_stages"], *stages))]
+                if warps == 4 and not k.scan and not k.walks:
+                    plans += [{**plan, "maxnreg": THREE} for plan in plans]
                 made |= {Candidate.of(k.kernel.name, plan): seconds for plan in plans}
         first = Candidate.of(k.kernel.name, base)
         others = sorted((len({*c.items} - {*first.items}), seconds, c) for c, seconds in made.items()

@@ -24,6 +24,7 @@ from lsmc.ir import Program
 from lsmc.lowering.plan import Direction, Plan, fewer, lacks, ranking, sharings
 from lsmc.lowering.tuned.store import describe
 from lsmc.schedules import CUTS, Shape, choose
+from lsmc.schedules.base import DOUBT
 
 _T = TypeVar("_T")
 
@@ -32,9 +33,6 @@ CHUNK = 64
 
 WALK = 16
 """The most tokens between memories that are kept where kernels go token by token: on the way back they work out those between."""
-
-DOUBT = 0.02
-"""Estimates that differ by less say nothing: fewer kernels win."""
 
 TYPICAL = Shape(sequences=128, tokens=4096, key=128, value=128, chunk=CHUNK)
 """The sizes that schedules are ranked at while the real ones are symbolic."""
@@ -105,7 +103,7 @@ def compile_plan(canonical: Canonical, options: Options, shape: Shape = TYPICAL)
         pairs.append((training, direction(second, training)))
     times = [learning(*pair) for pair in pairs]
     near = [pair for pair, seconds in zip(pairs, times, strict=True) if seconds <= (1 + DOUBT) * min(times)]
-    training, last = min(near, key=lambda pair: sum(len(d.choice.schedule.kernels) for d in pair))
+    training, last = min(near, key=lambda pair: sum(d.choice.schedule.launches for d in pair))
 
     def derive_other(other: Canonical, scale: float) -> Plan:
         return compile_plan(other, replace(options, scale=scale), shape)

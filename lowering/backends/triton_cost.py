@@ -23,18 +23,21 @@ from lsmc.target import Target
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds of a product of tiles, with the wait for its operands, and of one element of an elementwise result by 128 threads;
-    `registers` of a thread that values may take, and by how many more a chunk takes twice as long."""
+    """Seconds of a product of tiles, with the wait for its operands, of one element of an elementwise result by 128 threads, and of
+    the wait for a tile that is loaded; the products that a running sum of a tile takes as long as; `registers` of a thread that
+    values may take, and by how many more a chunk takes twice as long."""
 
     product: float
     element: float
+    load: float
+    sums: int
     registers: int
     twice: int
 
 
-RATES = {True: Rates(0.35e-6, 6e-11, 230, 60), False: Rates(0.65e-6, 8e-11, 300, 800)}
+RATES = {True: Rates(0.35e-6, 6e-11, 0.0, 2, 230, 60), False: Rates(0.27e-6, 3.3e-11, 0.44e-6, 6, 350, 150)}
 """Of scans, which load what the next chunks want, and of kernels over chunks."""
-PRODUCTS = {"form": 2, "form_gate": 4, "inverse": 10, "cumsum": 2, "matmul": 1}
+PRODUCTS = {"form": 2, "form_gate": 4, "inverse": 10, "matmul": 1}
 CHAINED = 0.2e-6
 """Seconds more for each product that waits for another one on the way from a memory to the next."""
 ALONE = 0.65
@@ -100,7 +103,7 @@ def _piece(program: Program, p: Piece, s: Shape, target: Target, columns: int | 
     rates = RATES[scans]
     slower = 1 + max(0, wanted - rates.registers) / rates.twice
     chained = max(0, _chain(program, p) - 1)
-    waits = rates.product * one.products * slower + CHAINED * chained + TOKEN * walks
+    waits = rates.product * one.products(rates.sums) * slower + rates.load * one.tiles + CHAINED * chained + TOKEN * walks
     step = waits + rates.element * one.elements * 4 / warps * slower
     side_by_side = 2 + 2 * walks
     if scans and p.split in ("K", "V") and warps <= 4 and not walks and part != "combine":
@@ -145,12 +148,18 @@ class _One:
     def size(self, op: Op) -> int:
         return self.extent[op.dims[0]] * self.extent[op.dims[1]] * (self.turns if self.p.split in op.dims else 1)
 
-    @property
-    def products(self) -> int:
+    def products(self, sums: int) -> int:
+        """Products of tiles, where a running sum counts as so many."""
         def repeated(op: Op) -> int:
             return self.turns if self.p.split in (*op.dims, *contracts(self.program, op)) else 1
 
-        return sum(PRODUCTS.get(op.kind, 0) * repeated(op) for op in self.body if "1" not in op.dims)
+        counts = {**PRODUCTS, "cumsum": sums}
+        return sum(counts.get(op.kind, 0) * repeated(op) for op in self.body if "1" not in op.dims)
+
+    @property
+    def tiles(self) -> int:
+        """Loads of more than a column."""
+        return sum(self.turns if self.p.split in op.dims else 1 for op in self.loads if "1" not in op.dims)
 
     @property
     def elements(self) -> int:

@@ -190,15 +190,22 @@ def shares(program: Program, body: Iterable[Op], dim: str) -> set[int] | None:
 
 def phases(program: Program, body: Iterable[Op], known: Iterable[int], dim: str) -> dict[int, int]:
     """When each value of `body` is worked out by a kernel that loops over blocks of `dim`: even phases are straight code,
-    odd ones loops. What has `dim` or sums over it belongs to a loop; such a sum is complete in the phase after it."""
+    odd ones loops. What has `dim` or sums over it belongs to a loop; such a sum is complete in the phase after it. Other tiles
+    wait for what takes them first: a loop does not hold them."""
     given = {i: int(dim in program.index[i].dims) for i in known}
-    ready, out = dict(given), dict[int, int]()
+    ready, out, body = dict(given), dict[int, int](), list(body)
     for op in body:
         first = max((ready[a] for a in op.args if a in ready), default=0)
         sums = dim in contracts(program, op)
         inside = sums or dim in op.dims
         out[op.id] = first + (first % 2 != inside)
         ready[op.id] = out[op.id] + sums
+    taken = dict[int, int]()
+    for op in reversed(body):
+        if out[op.id] % 2 == 0 and "1" not in op.dims:
+            out[op.id] = max(out[op.id], taken.get(op.id, 0))
+        for a in op.args:
+            taken[a] = min(taken.get(a, out[op.id]), out[op.id] - out[op.id] % 2)
     return out
 
 
@@ -242,15 +249,16 @@ def pieces(program: Program, schedule: Schedule) -> tuple[Piece, ...]:
     kept = set(given)
     out: list[Piece] = []
     for k in _settled(program, schedule.kernels):
-        out += _part(k.of(program), k, set() if k.part == "combine" else dear | kept)
+        found = _part(k.of(program), k, set() if k.part == "combine" else dear | kept)
+        out += [q for p in found for q in (_apart(program, p) if k.apart and p.split else [p])]
         kept |= through(program, k)
     if len(out) == 1 and not out[0].kernel.carries:
         return (Piece(out[0].kernel, frozenset(given), (), out[0].split),)
     done: list[Piece] = []
     for p in reversed(out):  # who makes a value that later pieces take
         wanted = set().union(_kept(program), *(_taken(program, q) for q in done)) - set().union(given, *(q.makes for q in done))
-        mine = tuple(sorted(through(program, p.kernel) & wanted - p.known))
-        done.append(Piece(p.kernel, p.known, mine, p.split))
+        mine = through(program, p.kernel) & wanted - p.known
+        done.append(replace(p, makes=tuple(sorted(mine.union(p.makes)))))
     used = set().union(_kept(program), *(_taken(program, p) for p in done)) & dear - set().union(*(p.makes for p in done))
     if used:
         made = tuple(sorted(used))
@@ -258,6 +266,34 @@ def pieces(program: Program, schedule: Schedule) -> tuple[Piece, ...]:
         done.append(Piece(Kernel("prepare", (), (), ()), frozenset(given), made, dim, inner=dim is not None))
     assert _kept(program) <= set().union(*(p.makes for p in done)), "what is kept is made by a launch"
     return tuple(reversed(done))
+
+
+def _apart(program: Program, piece: Piece) -> list[Piece]:
+    """A launch over chunks, and before it one of what each block of its split dimension would work out again: products and wide
+    sums without that dimension, what follows from them alone, and outputs that have none of it."""
+    ends, alone, again = piece.roots(program), set[int](), set[int]()
+    body = program.ancestors(ends, piece.known)
+    for i in piece.known:
+        if piece.split not in program.index[i].dims:
+            alone.add(i)
+    for op in body:
+        sums = contracts(program, op)
+        if alone.issuperset(op.args) and piece.split not in {*op.dims, *sums}:
+            alone.add(op.id)
+            if sums & {"K", "V"} or again & set(op.args):
+                again.add(op.id)
+    used = again & {a for op in body if op.id not in alone for a in op.args}
+    multiples = {op.id: op.args[0] for op in body
+                 if op.kind == "map" and len(op.args) == 1 and (op.attr("expr") / operand(0)).is_number}
+    makes = tuple(sorted({multiples.get(i, i) for i in used}))  # other forms of the program work out what is a multiple otherwise
+    if not any(program.index[i].dims == ("T", "T") for i in makes):
+        return [piece]
+    first = tuple(n for n, i in program.outputs if n in piece.kernel.stores and i in alone)
+    dim = _loop(program, program.ancestors([*makes, *(i for n, i in program.outputs if n in first)], piece.known))
+    kernel = replace(piece.kernel, name=f"{piece.kernel.name}_pairs", stores=first, apart=False)
+    rest = tuple(n for n in piece.kernel.stores if n not in first)
+    return [Piece(kernel, piece.known, makes, dim, inner=dim is not None),
+            replace(piece, kernel=replace(piece.kernel, stores=rest, apart=False), known=piece.known | set(makes))]
 
 
 def _walks(program: Program, schedule: Schedule) -> tuple[Piece, ...]:

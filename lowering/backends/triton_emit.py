@@ -186,7 +186,7 @@ class Writer(Values):
         return not (self.carries or self.how == "slow" or self.piece.inner or self.walks)
 
     def _block(self) -> Callable[[int], int]:
-        likely = self.unweighted or self
+        likely = self.unweighted or self.mild or self
         program, piece = likely.program, likely.piece
         return functools.cache(lambda rows: block(program, piece, rows))
 

@@ -20,7 +20,7 @@ WIDE = 64
 NARROW = 32
 """Columns that one program takes at least: narrower blocks repeat the loads of what has no such dimension too often."""
 
-FITS = {True: {64: 256}, False: {128: 500, 64: 440}}
+FITS = {True: {64: 256}, False: {128: 500, 64: 400}}
 """Widths of blocks, the best first, with the registers of a thread that the values of a scan, or of a kernel over chunks, may
 want there."""
 LOOPS = 170

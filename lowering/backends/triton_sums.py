@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import functools
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import replace
 
 import sympy
 
+from lsmc.functions import exp
 from lsmc.ir import Builder, Op, Program, operand, place, prune, verify
 from lsmc.lowering.backends.triton_cut import SCANS, splits
 from lsmc.lowering.backends.triton_linear import distributed
@@ -38,20 +40,27 @@ def summed(program: Program) -> Program:
     users.update(i for c in program.carries for i in (c.inp, c.out))
     users.update(i for _, i in (*program.outputs, *program.kept, *program.taken))
     products = {(op.args, op.attr("tb")) for op in program.ops if op.kind == "matmul" and not op.attr("ta")}
+    powers = dict[int, int]()  # e^x of a value x, where the program has it
     for op in program.ops:
         args = [new[a] for a in op.args]
         if op.kind == "sum" and op.attr("axis") == 1 and op.dims[0] == "T":
             known = {((new[x], new[y]), tb) for (x, y), tb in products if x in new and y in new}
             new[op.id] = row_sum(b, args[0], known)
         elif op.kind == "map" and op.dims in (("T", "1"), ("1", "V")) and plain_sum(op):
-            new[op.id] = b.add(*_summed_once(b, [a for a, x in zip(args, op.args, strict=True) if users[x] == 1]),
-                               *(a for a, x in zip(args, op.args, strict=True) if users[x] != 1))
+            own = [users[x] == 1 for x in op.args]
+            parts = _summed_once(b, [a for a, mine in zip(args, own, strict=True) if mine])
+            new[op.id] = b.add(together(b, parts) or b.add(*parts), *(a for a, mine in zip(args, own, strict=True) if not mine))
         elif op.kind == "map" and op.dims == ("K", "V") and plain_sum(op):  # products last: matrix units add to what is there
             parts = [t for a in args for t in (b.ops[a].args if once[a] and plain_sum(b.ops[a]) else (a,))]
             new[op.id] = b.add(*sorted(parts, key=lambda t: b.ops[t].kind == "matmul"))
             once[new[op.id]] = users[op.id] == 1
         elif op.kind == "map":
-            new[op.id] = plain_sum(op) and together(b, args) or b.map(op.attr("expr"), *args)
+            expr, more = op.attr("expr"), list[int]()
+            if expr == exp(operand(0)):
+                powers[args[0]] = b.map(expr, *args)
+            elif op.dims[1] == "1":
+                expr, more = _found(expr, args, powers)
+            new[op.id] = plain_sum(op) and together(b, args) or b.map(expr, *args, *more)
         else:
             new[op.id] = b.emit(op.kind, op.dims, *args, **dict(op.attrs))
     return verify(prune(program.rebuilt(b.ops, new)))
@@ -129,8 +138,28 @@ def plain_sum(op: Op) -> bool:
     return bool(op.attr("expr") == sympy.Add(*(operand(i) for i in range(len(op.args)))))
 
 
+def _found(expr: sympy.Expr, args: list[int], powers: Mapping[int, int]) -> tuple[sympy.Expr, list[int]]:
+    """An expression with powers e^x taken from the values that are these, which come behind its operands."""
+    more = list[int]()
+    for node in sorted(expr.atoms(exp), key=str):
+        if node.args[0].is_Symbol and args[place(node.args[0])] in powers:
+            expr = expr.xreplace({node: operand(len(args) + len(more))})
+            more.append(powers[args[place(node.args[0])]])
+    return expr, more
+
+
 def together(b: Builder, args: list[int]) -> int | None:
-    """The sum of these values with its wide running sums taken together; None where there is nothing to gain."""
+    """The sum of these values with its wide running sums taken together, and what decays between tokens get; None where there is
+    nothing to gain."""
+    between = defaultdict[bool, list[int]](list)
+    for a in args:
+        if b.ops[a].kind == "between_grad":
+            between[b.ops[a].attr("before")].append(a)
+    for before, some in between.items():
+        if len(some) > 1:
+            one = b.emit("between_grad", ("T", "1"), b.add(*(b.ops[a].args[0] for a in some)), before=before)
+            rest = [one, *(a for a in args if a not in some)]
+            return together(b, rest) or b.add(*rest)
     sums = [a for a in args if b.ops[a].kind == "cumsum" and b.ops[a].dims[1] != "1"]
     if len(sums) < 2:
         return None

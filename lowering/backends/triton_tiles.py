@@ -235,7 +235,7 @@ def between(g, STRICT: tl.constexpr, BEFORE: tl.constexpr, DT: tl.constexpr):
         m = j < i
     else:
         m = j <= i
-    return exp(tl.where(m, tl.minimum(s, 0.0), -float("inf")))
+    return tl.where(m, exp(tl.minimum(s, 0.0)), 0.0)  # so that both triangles take the same exponentials
 
 
 @triton.jit
@@ -490,11 +490,18 @@ def later(x, DT: tl.constexpr):
 
 @triton.jit
 def inverse(a, LEVELS: tl.constexpr, DT: tl.constexpr):
-    """(I + L)^-1 of a strictly lower L by recursive block inversion."""
+    """(I + L)^-1 of a strictly lower L by recursive block inversion. Blocks of 16 rows on the diagonal, up to four levels, are a
+    warp's own: their products take no shared memory and wait for no other warp."""
     C: tl.constexpr = a.shape[0]
-    i = tl.arange(0, C)[:, None]
-    j = tl.arange(0, C)[None, :]
-    x = tl.where(i == j, 1.0, 0.0) - tl.where(pairs(1, C), a, 0.0)
-    for b in range(2, LEVELS + 1):
+    N: tl.constexpr = C // 16
+    own = tl.arange(0, N)[:, None, None, None] == tl.arange(0, N)[None, None, :, None]
+    blocks = tl.sum(tl.where(own, tl.reshape(a, [N, 16, N, 16]), 0.0), axis=2)
+    i = tl.arange(0, 16)[:, None]
+    j = tl.arange(0, 16)[None, :]
+    y = tl.where((i == j)[None, :, :], 1.0, 0.0) - tl.where(pairs(1, 16)[None, :, :], blocks, 0.0)
+    for b in tl.static_range(2, 5):
+        y -= half_dot(y, half_dot(tl.where(pairs(b, 16)[None, :, :], blocks, 0.0), y, DT), DT)
+    x = tl.reshape(tl.where(own, y[:, :, None, :], 0.0), [C, C])
+    for b in tl.static_range(5, LEVELS + 1):
         x -= half_dot(x, half_dot(tl.where(pairs(b, C), a, 0.0), x, DT), DT)
     return x

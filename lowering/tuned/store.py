@@ -24,11 +24,11 @@ from lsmc.lowering import kernels, ptxas
 
 Plan = dict[str, int]
 """BK, BV: columns of K and V that one program takes; AHEAD: whether it asks for all loads as it begins; num_warps; num_stages of
-loads ahead."""
+loads ahead; maxnreg: the most registers of a thread."""
 
 def show(plan: Plan) -> str:
     """A plan in a few words: "BK 64, BV 128, 4 warps, 2 stages"."""
-    units = {"num_warps": "warps", "num_stages": "stages"}
+    units = {"maxnreg": "registers", "num_warps": "warps", "num_stages": "stages"}
     return ", ".join(f"{x} {units[n]}" if n in units else f"{n} {x}" for n, x in sorted(plan.items(), key=lambda i: i[0] in units))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lsmc.affine import combination, factors
 from lsmc.ir import Op, Program
@@ -21,7 +21,8 @@ class Kernel:
 
     `part` tells what it has of a scan whose sequences are cut into segments (`lsmc.schedules.segments`): "map", "factor",
     "combine" or "apply". The first three are scans of programs that follow from the chunk program, `of`. So is one that
-    `walks`, from token to token.
+    `walks`, from token to token. `apart`: what its programs would each work out again comes from a launch before it, on
+    backends whose programs share columns.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Kernel:
     stores: tuple[str, ...]
     part: str = ""
     walks: bool = False
+    apart: bool = False
 
     def of(self, program: Program) -> Program:
         """The program that this kernel runs, where `program` is the schedule's; the methods below take that one."""
@@ -66,7 +68,8 @@ class Kernel:
         what = {"map": f"scan of each segment by itself, carrying {names} from nothing", "factor": f"scan of each segment by "
                 f"itself, carrying {names} from the identity", "combine": f"scan over the segments carrying {names}",
                 "apply": f"scan of each segment from where it begins, carrying {names}"}.get(self.part, f"scan carrying {names}")
-        what = f"walk through the tokens carrying {names}" if self.walks else what if self.carries else "all chunks in parallel"
+        over = "all chunks in parallel" + ", pairs of tokens first" * self.apart
+        what = f"walk through the tokens carrying {names}" if self.walks else what if self.carries else over
         parts = [f"saves {', '.join(self.saves)}"] * bool(self.saves)
         parts += [f"stores {', '.join(self.stores)}"] * bool(self.stores)
         return f"{self.name}: {what}; {'; '.join(parts) or 'keeps its ends'}"
@@ -79,11 +82,19 @@ class Schedule:
     name: str
     kernels: tuple[Kernel, ...]
 
+    @property
+    def launches(self) -> int:
+        """How many there are at least."""
+        return sum(1 + k.apart for k in self.kernels)
+
     def __str__(self) -> str:
         return "\n".join([f"schedule {self.name}", *(f"  {k}" for k in self.kernels)])
 
 
 Cut = Callable[[Program], Schedule]
+
+DOUBT = 0.02
+"""Estimates that differ by less say nothing: fewer kernels win."""
 
 
 def needed(program: Program, kernels: list[Kernel]) -> tuple[Kernel, ...]:
@@ -92,7 +103,7 @@ def needed(program: Program, kernels: list[Kernel]) -> tuple[Kernel, ...]:
     kept = {i for _, i in program.kept}
     wanted = {c.name for c in program.carries if c.inp in kept}
     for k in reversed(kernels):
-        k = Kernel(k.name, k.carries, tuple(s for s in k.saves if s in wanted), k.stores)
+        k = replace(k, saves=tuple(s for s in k.saves if s in wanted))
         ends = any(not program.name.endswith("_backward") or c.reverse for c in program.carries if c.name in k.carries)
         if k.saves or k.stores or ends:
             wanted |= set(k.loads(program))
@@ -102,7 +113,7 @@ def needed(program: Program, kernels: list[Kernel]) -> tuple[Kernel, ...]:
 
 @dataclass(frozen=True)
 class Choice:
-    """The chosen schedule and why: estimated seconds and their reasons for every candidate, best first."""
+    """The chosen schedule and why: estimated seconds and their reasons for every candidate, the chosen one first."""
 
     schedule: Schedule
     estimates: tuple[tuple[Schedule, float, str], ...]
@@ -131,7 +142,8 @@ def by_kernel(program: Program, schedule: Schedule, shape: Shape, target: Target
 
 
 def choose(program: Program, cuts: tuple[Cut, ...], shape: Shape, target: Target = H200, rank: Rank = by_kernel) -> Choice:
-    """Rank the candidate cuts by estimated time."""
+    """Rank the candidate cuts by estimated time; of those that are in doubt, the one with the fewest kernels comes first."""
     found = [(s, *rank(program, s, shape, target)) for s in (cut(program) for cut in cuts)]
     found.sort(key=lambda f: f[1])
-    return Choice(found[0][0], tuple(found))
+    first = min((f for f in found if f[1] <= (1 + DOUBT) * found[0][1]), key=lambda f: f[0].launches)
+    return Choice(first[0], (first, *(f for f in found if f is not first)))

@@ -255,7 +255,8 @@ def test_the_command_writes_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(lsmc.explanation.page, "find_out", quick)
     path = tmp_path / "new" / "report.html"
-    monkeypatch.setattr(cli, "_ranks", lambda *_: ranks())
+    made = ranks()
+    monkeypatch.setattr(cli, "_ranks", lambda *_: made)
     cli.main(["explain", "bla", "--shape", "2,512,4,32,16", "--mesh", "sp=2,tp=2", "-o", str(path)])
     assert f"{path} explains bla" in capsys.readouterr().out
     assert "8 sequences (heads counted) of 512 tokens, K = 32, V = 16" in path.read_text()
