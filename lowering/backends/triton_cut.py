@@ -153,8 +153,10 @@ def _kept(program: Program) -> set[int]:
 
 
 def passed(program: Program, schedule: Schedule) -> set[int]:
-    """What the launches of a backward program that no cotangent enters leave to the others: memories and values made."""
+    """What the launches of a backward program that no cotangent enters leave to the others: memories and values made; of those
+    that are no launch by themselves where nothing is made apart."""
     late, out = cotangents(program), set[int]()
+    schedule = replace(schedule, kernels=tuple(replace(k, apart=False) for k in schedule.kernels))
     for p in (p for p in pieces(program, schedule) if p.kernel.whole):
         body = {op.id for op in program.ancestors(p.roots(program), p.known)} | _taken(program, p)
         made = {*p.makes, *(c.inp for c in program.carries if c.name in p.kernel.saves)}
