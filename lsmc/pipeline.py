@@ -32,7 +32,8 @@ CHUNK = 64
 """Tokens per chunk where nothing else is asked for."""
 
 WALK = 16
-"""The most tokens between memories that are kept where kernels go token by token: on the way back they work out those between."""
+"""The most tokens between memories that are kept where kernels go token by token: on the way back they work out those between.
+Half as many where memories have no more rows than this: keeping twice as many costs less then than working out again."""
 
 TYPICAL = Shape(sequences=128, tokens=4096, key=128, value=128, chunk=CHUNK)
 """The sizes that schedules are ranked at while the real ones are symbolic."""
@@ -84,7 +85,7 @@ def compile_plan(canonical: Canonical, options: Options, shape: Shape = TYPICAL)
     _log("chunk", forward)
     _log("backward", backward)
     if canonical.matrix and target == "triton":
-        options = replace(options, chunk=min(options.chunk, WALK))
+        options = replace(options, chunk=min(options.chunk, WALK if shape.key > WALK else WALK // 2))
         shape = replace(shape, chunk=options.chunk)
     cuts = tuple(CUTS[n] for n in CUTS if options.schedule in (None, n))
 

@@ -257,7 +257,7 @@ class Walker(Writer):
             return
         n, of = op.attr("name"), letters(op.dims)
         token = op.attr("role") == "token"
-        at = f"p_{n} + " + (f"here{self.suffix} * st_{n}" if token else f"head * sh_{n}") + COLUMN[of]
+        at = f"g_{n} + {self.suffix[1:]} * st_{n}" if token else f"p_{n} + head * sh_{n}{COLUMN[of]}"
         masks = ["rows"] * token + ["inrK"] * (of in "KE") + ["incV"] * (of in "VE")
         mask = f", mask={' & '.join(masks)}, other=0.0" if masks else ""
         self.line(f"{self.v(op.id)} = tl.load({at}{mask})")
@@ -268,7 +268,7 @@ class Walker(Writer):
         masks = ["rows" if row else "(one == 0)"] + ["inrK"] * (of in "KE") + ["incV"] * (of in "VE")
         if op.id not in self.part and of in "K1":  # every block computes it: the first stores it
             masks.append("(block == 0)")
-        at = f"to_{name} + here{self.suffix} * (HV{ENTRIES[of]})"
+        at = f"g_{name} + {self.suffix[1:]} * (HV{ENTRIES[of]})"
         if not row:
             unit = "unit.to(tl.int64) * HV + head" + " + block.to(tl.int64) * (tl.num_programs(0) // BLOCKS)" * (op.id in self.part)
             at = f"o_{name} + ({unit}){ENTRIES[of]}{COLUMN[of]}"
@@ -339,17 +339,27 @@ class Walker(Writer):
         `_enter` gives a row's values."""
         loads = self._loads(wanted)
         loads += [op for op in self._loads(narrow) if letters(op.dims) in "V1" and op not in loads]
+        self.line("first_row = (time + at).to(tl.int64)")
+        for op in self.inputs:
+            if op.attr("role") == "token":
+                n = op.attr("name")
+                self.line(f"g_{n} = p_{n} + first_row * st_{n}{COLUMN[letters(op.dims)]}")
         frames = []
         for j in range(GROUP):
             plain, cast, done = self.fixed_values
             self._use((dict(plain), dict(cast), set(done)), f"_{j}")
             self._there(j)
-            self.line(f"here_{j} = (time + at + {j}).to(tl.int64)")
             for op in loads:
                 self._load(op)
                 self._loaded(op.id)
             frames.append(self._values_now())
         return frames
+
+    def _places(self) -> None:
+        """Where the outputs of a group of rows go."""
+        for name, op in self.waiting:
+            if name is not None and self._row(op.id):
+                self.line(f"g_{name} = to_{name} + first_row * (HV{ENTRIES[letters(op.dims)]})")
 
     def _loads(self, wanted: Iterable[int]) -> list[Op]:
         return [op for op in self.program.ancestors(wanted, self.piece.known) if op.kind == "input" and op.attr("role") == "token"]
@@ -388,6 +398,7 @@ class Walker(Writer):
         def group() -> None:
             ends = [op.id for name, op in self.waiting if self._row(op.id)]
             frames = self._begin([*self.of.pairs, *self.of.fields, *ends, *(op.args[0] for op in self.added)])
+            self._places()
             for j in range(GROUP):
                 self._enter(j, frames)
                 self._factors()
@@ -428,6 +439,7 @@ class Walker(Writer):
             ends = [op.id for name, op in self.waiting if self._row(op.id)]
             wanted = [*ends, *(op.args[0] for op in self.added), *(a for ops in self.grads.values() for op in ops for a in op.args)]
             frames = self._begin([*self.of.pairs, *self.of.fields] if self.remembers else self.of.fields, wanted)
+            self._places()
             for j in range(GROUP):
                 self._enter(j, frames)
                 self._factors()

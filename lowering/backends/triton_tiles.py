@@ -116,8 +116,9 @@ def half_dot(a, b, DT: tl.constexpr):
 
 @triton.jit
 def across(x, DT: tl.constexpr):
-    """The sum of each row, on the matrix units where the inputs have 16 bits: among threads it takes five steps a number."""
-    if tl.float32 == DT or x.shape[1] < 16:
+    """The sum of each row. Of at least as many columns as a warp has threads it is taken on the matrix units, where the inputs have
+    16 bits: among threads it takes a step for each halving of the columns."""
+    if tl.float32 == DT or x.shape[1] < 32:
         out = tl.sum(x, axis=1, keep_dims=True)
     else:
         y = half_dot(x, tl.full([x.shape[1], 8], 1.0, tl.float32), DT)

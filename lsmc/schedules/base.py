@@ -124,7 +124,7 @@ class Choice:
         return self.estimates[0][1]
 
     def __str__(self) -> str:
-        lines = [str(self.schedule), "", "candidates, best first:"]
+        lines = [str(self.schedule), "", "candidates, the chosen one first:"]
         lines += [f"  {s.name:<10} {t * 1e6:9.1f} us: {why}" for s, t, why in self.estimates]
         return "\n".join(lines)
 
