@@ -22,7 +22,7 @@ from lsmc.target import H200, Target
 COLUMNS = (32, 64, 128)
 STAGES = {True: (2, 3), False: (2, 1)}
 """Loads ahead of scans, and of loops over the blocks of a chunk: with three, those gave other numbers now and then."""
-MOST = 8
+MOST = 7
 """Candidates of one kernel, the default among them."""
 THREE = 168
 """Registers of a thread with which a multiprocessor has room for three programs of four warps."""
@@ -62,8 +62,8 @@ def candidates(compiled: Compiled, shape: Shape, target: Target = H200) -> dict[
     the best predictions: the model knows columns better than loads ahead.
 
     Varied are the columns of the split dimension; where there is a loop, the loads ahead, elsewhere whether they are asked for
-    first; eight warps where one program takes all columns (they were slower everywhere else); and, of kernels over chunks, so few
-    registers that a third program has room, which is worth some spills where programs wait for loads and products.
+    first; eight warps where one program of a scan takes all columns (they were slower everywhere else); and, of kernels over
+    chunks, so few registers that a third program has room: worth some spills where programs wait for instructions.
     """
     out: dict[str, dict[Candidate, float]] = {}
     usual = defaults(compiled, shape)
@@ -75,7 +75,8 @@ def candidates(compiled: Compiled, shape: Shape, target: Target = H200) -> dict[
         full = max(16, rounded({"K": shape.key, "V": shape.value}.get(k.split or "", 1)))
         made: dict[Candidate, float] = {}
         for columns in dict.fromkeys([base[split], *(c for c in COLUMNS if c <= full)]) if split else (None,):
-            for warps in dict.fromkeys((base["num_warps"], *((4, 8) if columns in (None, full) else ()))):
+            own = (base["num_warps"],) if columns is None or columns == base[split] else (4,)
+            for warps in dict.fromkeys((*own, *((4, 8) if k.scan and columns in (None, full) else ()))):
                 seconds = predict(compiled.program, compiled.schedule, k.kernel.name, shape, target, columns, warps)
                 sized = {**base, **({split: columns} if columns else {}), "num_warps": warps}
                 if k.ahead is not None:
