@@ -33,7 +33,7 @@ def _gather(program: Program, terms: tuple[tuple[str, int], ...]) -> Program:
 
 
 def summed(program: Program) -> Program:
-    """`program` with the wide running sums of each addition taken together, and shorter row sums."""
+    """`program` with the wide running sums of each addition taken together, powers of columns made once, and shorter row sums."""
     b = Builder()
     new: dict[int, int] = {}
     users, once = Counter(a for op in program.ops for a in op.args), defaultdict[int, bool](bool)
@@ -49,7 +49,8 @@ def summed(program: Program) -> Program:
         elif op.kind == "map" and op.dims in (("T", "1"), ("1", "V")) and plain_sum(op):
             own = [users[x] == 1 for x in op.args]
             parts = _summed_once(b, [a for a, mine in zip(args, own, strict=True) if mine])
-            new[op.id] = b.add(together(b, parts) or b.add(*parts), *(a for a, mine in zip(args, own, strict=True) if not mine))
+            parts = [one] if (one := together(b, parts)) is not None else parts
+            new[op.id] = b.add(*parts, *(a for a, mine in zip(args, own, strict=True) if not mine))
         elif op.kind == "map" and op.dims == ("K", "V") and plain_sum(op):  # products last: matrix units add to what is there
             parts = [t for a in args for t in (b.ops[a].args if once[a] and plain_sum(b.ops[a]) else (a,))]
             new[op.id] = b.add(*sorted(parts, key=lambda t: b.ops[t].kind == "matmul"))

@@ -14,7 +14,7 @@ from lsmc.adjoint import differentiate
 from lsmc.chunk import derive
 from lsmc.factors import hoist
 from lsmc.functions import exp
-from lsmc.ir import Program, operand, place
+from lsmc.ir import Builder, Program, operand, place
 from lsmc.lowering.plan import able
 from lsmc.lsm import LSM
 from lsmc.schedules import three_pass, two_pass
@@ -93,3 +93,17 @@ def test_sums_taken_together_are_those_of_the_program(method: LSM) -> None:
         if op.kind == "map" and op.dims == ("T", "1"):
             between = Counter(changed.index[a].attr("before") for a in op.args if changed.index[a].kind == "between_grad")
             assert all(count == 1 for count in between.values()), f"{op} adds sums over pairs"
+
+
+def test_sums_of_values_that_others_take_too() -> None:
+    from lsmc.lowering.backends.triton_sums import summed
+
+    b = Builder()
+    g, h = b.input("g", "token", ("T", "1")), b.input("h", "token", ("T", "1"))
+    both = b.add(g, h)
+    twice = b.add(b.cumsum(g, reverse=True), both, b.exp(h), b.mul(b.exp(h), g))
+    program = Program("own", tuple(b.ops), (), (("g", g), ("h", h), ("both", both), ("twice", twice)))
+    inputs = {op.attr("name"): draw(op, program) for op in program.inputs()}
+    wanted, found = run(program, inputs), run(summed(program), inputs)
+    for n, x in wanted.items():
+        torch.testing.assert_close(found[n], x)
