@@ -18,6 +18,7 @@ from lsmc.explanation.subject import WAYS, Subject, kernels_of
 from lsmc.lowering.backends.triton_sums import gather
 from lsmc.lowering.tuned.store import describe
 from lsmc.runtime.pages import WIDTH, legend, rect, svg, table, table_rows, text, ticks, upright
+from lsmc.schedules.base import DOUBT
 from lsmc.target import H200
 
 LEFT, RIGHT = 96, 76
@@ -42,7 +43,8 @@ def _px(seconds: float, most: float) -> float:
 
 def schedules(s: Subject) -> str:
     said = ("A program is cut into kernels where a memory crosses from chunk to chunk. Every cut was estimated for "
-            f"{s.sizes()}, on an {H200.name} in bfloat16; the shortest won.")
+            f"{s.sizes()}, on an {H200.name} in bfloat16; the shortest won, or of those within {DOUBT:.0%} of it the one with "
+            "the fewest launches.")
     parts = []
     for way, direction in s.directions.items():
         found = s.candidates[way]
@@ -94,7 +96,8 @@ def why(found: Sequence[Candidate]) -> str:
         worst = max(other.launches, key=lambda launch: launch.seconds - known.get(launch.name, 0.0))
         more = sum(x.bytes for x in other.launches) - sum(x.bytes for x in best.launches)
         late = other.seconds - best.seconds
-        lines.append(f"<b>{other.schedule.name}</b> would take {duration(late)} longer ({late / best.seconds:.1%}): "
+        than = "longer" if late >= 0 else "less, with more launches"
+        lines.append(f"<b>{other.schedule.name}</b> would take {duration(abs(late))} {than} ({abs(late) / best.seconds:.1%}): "
                      f"its {worst.name} alone takes {duration(worst.seconds)}, limited by {worst.limit}; it moves "
                      f"{abs(more) / 1e6:,.0f} MB {'more' if more >= 0 else 'less'}.")
     return f"<p class='said'>{' '.join(lines)}</p>"
@@ -106,8 +109,9 @@ def _launches(chosen: Candidate) -> str:
     rows = []
     for launch in chosen.launches:
         kernel = kernels.get(launch.name) or kernels.get(launch.name.rpartition("_")[0])
+        over = "pairs of tokens, of all chunks at once" if launch.name.endswith("_pairs") else "all chunks at once"
         does = ("once for all: decays, and products of pairs of tokens" if kernel is None
-                else f"scans {', '.join(kernel.carries)}" if kernel.carries else "all chunks at once")
+                else f"scans {', '.join(kernel.carries)}" if kernel.carries else over)
         rows.append([launch.name, does, duration(launch.seconds), f"{launch.bytes / 1e6:,.0f} MB", launch.limit,
                      "" if launch.registers is None else str(launch.registers)])
     header = ["kernel", "does", "estimated", "moves", "limited by", "registers wanted"]

@@ -15,4 +15,5 @@ from lsmc.schedules.two_pass import two_pass
 
 def three_pass(program: Program) -> Schedule:
     """fwd: `two_pass`.   bwd: {scan M}, {reverse scan dM}, {chunks: pairs of tokens}, {chunks: all gradients}."""
-    return Schedule("three_pass", tuple(k if k.carries else replace(k, apart=True) for k in two_pass(program).kernels))
+    back = any(c.reverse for c in program.carries)
+    return Schedule("three_pass", tuple(k if k.carries or not back else replace(k, apart=True) for k in two_pass(program).kernels))
