@@ -78,6 +78,8 @@ def resource(compiled: Compiled, k: Emitted, key: int, value: int, chunk: int, d
     signature: dict[str, str] = {}
     attrs: dict[tuple[int, ...], list[list[Any]]] = {}
     for i, name in enumerate(function.arg_names):
+        if name.startswith("sg_"):
+            constants[name] = 1  # as many heads of every input, as launches compile it
         if name.startswith("HAS_"):
             constants[name] = not name.startswith("HAS_d_")  # nothing is asked of the last memories
         if name in constants:
