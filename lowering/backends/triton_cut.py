@@ -273,11 +273,8 @@ def pieces(program: Program, schedule: Schedule) -> tuple[Piece, ...]:
 def _apart(program: Program, piece: Piece) -> list[Piece]:
     """A launch over chunks, and before it one of what each block of its split dimension would work out again: products and wide
     sums without that dimension, what follows from them alone, and outputs that have none of it."""
-    ends, alone, again = piece.roots(program), set[int](), set[int]()
-    body = program.ancestors(ends, piece.known)
-    for i in piece.known:
-        if piece.split not in program.index[i].dims:
-            alone.add(i)
+    body, again = program.ancestors(piece.roots(program), piece.known), set[int]()
+    alone = {i for i in piece.known if piece.split not in program.index[i].dims}
     for op in body:
         sums = contracts(program, op)
         if alone.issuperset(op.args) and piece.split not in {*op.dims, *sums}:
@@ -287,15 +284,15 @@ def _apart(program: Program, piece: Piece) -> list[Piece]:
     used = again & {a for op in body if op.id not in alone for a in op.args}
     multiples = {op.id: op.args[0] for op in body
                  if op.kind == "map" and len(op.args) == 1 and (op.attr("expr") / operand(0)).is_number}
-    makes = tuple(sorted({multiples.get(i, i) for i in used}))  # other forms of the program work out what is a multiple otherwise
+    makes = {multiples.get(i, i) for i in used}  # other forms of the program work out what is a multiple otherwise
     if not any(program.index[i].dims == ("T", "T") for i in makes):
         return [piece]
-    first = tuple(n for n, i in program.outputs if n in piece.kernel.stores and i in alone)
-    dim = _loop(program, program.ancestors([*makes, *(i for n, i in program.outputs if n in first)], piece.known))
-    kernel = replace(piece.kernel, name=f"{piece.kernel.name}_pairs", stores=first, apart=False)
-    rest = tuple(n for n in piece.kernel.stores if n not in first)
-    return [Piece(kernel, piece.known, makes, dim, inner=dim is not None),
-            replace(piece, kernel=replace(piece.kernel, stores=rest, apart=False), known=piece.known | set(makes))]
+    made, whole = dict(program.outputs), replace(piece.kernel, apart=False)
+    early = tuple(n for n in whole.stores if made[n] in alone)
+    first = Piece(replace(whole, name=f"{whole.name}_pairs", stores=early), piece.known, tuple(sorted(makes)), None)
+    dim = _loop(program, program.ancestors(first.roots(program), first.known))
+    rest = replace(whole, stores=tuple(n for n in whole.stores if n not in early))
+    return [replace(first, split=dim, inner=dim is not None), replace(piece, kernel=rest, known=piece.known | makes)]
 
 
 def _walks(program: Program, schedule: Schedule) -> tuple[Piece, ...]:
