@@ -22,7 +22,9 @@ from lsmc.target import H200, Target
 COLUMNS = (32, 64, 128)
 STAGES = {True: (2, 3), False: (2, 1)}
 """Loads ahead of scans, and of loops over the blocks of a chunk: with three, those gave other numbers now and then."""
-MOST = 7
+ROOMS = (112, 104, 75, 0)
+"""Kilobytes of shared memory for a program whose loads are under way early: two or three share a multiprocessor; or none are."""
+MOST = 9
 """Candidates of one kernel, the default among them."""
 THREE = 168
 """Registers of a thread with which a multiprocessor has room for three programs of four warps."""
@@ -62,8 +64,9 @@ def candidates(compiled: Compiled, shape: Shape, target: Target = H200) -> dict[
     the best predictions: the model knows columns better than loads ahead.
 
     Varied are the columns of the split dimension; where there is a loop, the loads ahead, elsewhere whether they are asked for
-    first; eight warps where one program of a scan takes all columns (they were slower everywhere else); and, of kernels over
-    chunks, so few registers that a third program has room: worth some spills where programs wait for instructions.
+    first and how much of them is under way early; eight warps where one program of a scan takes all columns (they were slower
+    everywhere else); and, of kernels over chunks, so few registers that a third program has room: worth some spills where programs
+    wait for instructions.
     """
     out: dict[str, dict[Candidate, float]] = {}
     usual = defaults(compiled, shape)
@@ -84,6 +87,8 @@ def candidates(compiled: Compiled, shape: Shape, target: Target = H200) -> dict[
                 else:
                     stages = STAGES[k.scan] if (k.scan or k.inner) and not k.walks else ()
                     plans = [{**sized, "num_stages": n} for n in dict.fromkeys((base["num_stages"], *stages))]
+                if k.early:
+                    plans += [{**plans[0], "EARLY": room} for room in (ROOMS[-1:] if k.inner else ROOMS)]
                 if warps == 4 and not k.scan and not k.walks:
                     plans += [{**plan, "maxnreg": THREE} for plan in plans]
                 made |= {Candidate.of(k.kernel.name, plan): seconds for plan in plans}

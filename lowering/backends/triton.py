@@ -38,6 +38,10 @@ Results = tuple[dict[str, Tensor], dict[str, Tensor]]
 """Outputs, and the last value of every carry, by name."""
 Repeat = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Results | None]
 
+EARLY = 112
+"""Kilobytes of shared memory for a program over chunks whose loads are under way early (`triton_early`): two share a
+multiprocessor."""
+
 RECORDINGS = 256
 """Launches of one program that are remembered."""
 
@@ -423,8 +427,9 @@ def plan_of(k: Emitted, key: int, value: int, sequences: int, chunk: int, elemen
         columns = k.block(chunk) if ptxas.sound() else WIDE
     if k.split in size:
         size[k.split] = min(size[k.split], columns)
-    ahead = {} if k.ahead is None else {"AHEAD": int(k.ahead)}
-    return {"BK": size["K"], "BV": size["V"], **ahead, "num_warps": warps, "num_stages": stages}
+    early = {"EARLY": EARLY if element_bytes == 2 else 0} if k.early else {}
+    ahead = {} if k.ahead is None else {"AHEAD": int(k.ahead and not early.get("EARLY"))}
+    return {"BK": size["K"], "BV": size["V"], **ahead, **early, "num_warps": warps, "num_stages": stages}
 
 
 def _loaded(k: Emitted, extent: dict[str, int]) -> int:

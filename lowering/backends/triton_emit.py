@@ -23,7 +23,7 @@ from lsmc.lowering.backends.triton_values import SIZE, Values, masked
 from lsmc.lowering.kernels import digest
 from lsmc.schedules import Kernel, Schedule
 
-TILES = ("ahead", "again", "nothing", "exp", "power", "beside", "across", "total", "diagonal", "keep", "dot", "exact_dot",
+TILES = ("ahead", "early", "again", "nothing", "exp", "power", "beside", "across", "total", "diagonal", "keep", "dot", "exact_dot",
          "running", "later", "cumsum", "tokens", "lower", "column", "between", "between_grad", "inverse", "mild", "all_set",
          "form_p", "form_x", "form_y", "form_gate", "form_all")
 
@@ -45,6 +45,7 @@ class Emitted:
     block: Callable[[int], int] = field(compare=False)  # columns of that dimension for each program, by the rows of a chunk
     inner: bool  # one program takes all blocks of the split dimension, one after the other
     ahead: bool | None  # whether it is to ask for its loads as it begins; None where it cannot
+    early: bool  # whether its tiles can be under way before they are wanted
     how: str
     walks: bool  # from token to token
     wide: int  # of its carries, those over (K, V)
@@ -152,7 +153,8 @@ class Writer(Values):
         partial = frozenset(n for n, op in self.stores if op.id in self.part)
         return Emitted(self.name, self.kernel, self.inputs, self.stores, partial, self.carries, self.loads, self.makes,
                        self.takes, self.split, self._block(), self.piece.inner,
-                       triton_ahead.pays(self.program, self.piece) if self._asks() else None, self.how, self.walks,
+                       triton_ahead.pays(self.program, self.piece) if self._asks() else None, self._early(), self.how,
+                       self.walks,
                        sum("1" not in self.program.index[c.inp].dims for c in self.carries), source)
 
     def _judge(self) -> None:
@@ -185,6 +187,10 @@ class Writer(Values):
         """Whether the kernel can ask for its loads as it begins: loops do so by themselves."""
         return not (self.carries or self.how == "slow" or self.piece.inner or self.walks)
 
+    def _early(self) -> bool:
+        """Whether tiles are loaded outside loops."""
+        return not (self.carries or self.how == "slow" or self.walks or self.split == "F")
+
     def _block(self) -> Callable[[int], int]:
         likely = self.unweighted or self.mild or self
         program, piece = likely.program, likely.piece
@@ -210,6 +216,7 @@ class Writer(Values):
         args += ["cu", "first", "owner", "B", "T", "HV", "COUNT", "CHUNKS", *["SEGMENTS"] * bool(self.kernel.part)]
         args += [f"{n}: tl.constexpr" for n in ("C", "STEP", "LEVELS", "K", "V", "BK", "BV", "PACKED", "HOW", "DT")]
         args += ["AHEAD: tl.constexpr"] * self._asks()
+        args += ["EARLY: tl.constexpr"] * self._early()
         args += ["LED: tl.constexpr"] * bool(self.program.counter)
         args += [f"HAS_{c.name}: tl.constexpr" for c in (*self.carries, *gone)]
         rows, row = [], "    "
@@ -381,6 +388,9 @@ class Writer(Values):
 
     def _follow(self) -> None:
         """The values of a chunk, and the memories after it."""
+        if self._early():
+            self.line("if EARLY and not (PADK or PADV):")
+            self.line("    early(EARLY)")
         if self.carries:
             self._columns()
         self._values()

@@ -23,7 +23,7 @@ NARROW = 32
 FITS = {True: {64: 256}, False: {128: 500, 64: 400}}
 """Widths of blocks, the best first, with the registers of a thread that the values of a scan, or of a kernel over chunks, may
 want there."""
-LOOPS = 170
+LOOPS = 360
 """The same for a kernel that takes all blocks one after the other, where its loop has one turn."""
 
 OPERANDS = 3.5
@@ -85,7 +85,8 @@ def arranged(program: Program, piece: Piece, body: Iterable[Op], ends: Iterable[
     stand_in = {i: gate for gate, others in groups.items() for i in others}
     units = [Op(op.id, op.dims, op.kind, tuple(stand_in.get(a, a) for a in op.args), op.attrs)
              for op in body if op.id not in stand_in]
-    columns = {piece.split: max(WIDE, block(program, piece))} if piece.split else {}  # good orders of more serve fewer as well
+    most = WIDE if piece.inner or not piece.split else max(WIDE, block(program, piece))  # good orders of more serve fewer as well
+    columns = {piece.split: most} if piece.split else {}
     loads = _loads(program, units, piece.known.difference(done))
     found = order([*loads, *units], [stand_in.get(i, i) for i in ends], _weight({**EXTENT, **columns}, groups))
     return [program.index[op.id] for op in found if op not in loads]

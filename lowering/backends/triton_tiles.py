@@ -16,7 +16,10 @@ import os
 import triton
 import triton.language as tl
 
+from lsmc.lowering.backends.triton_early import MARK
+
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+EARLY = tl.constexpr(MARK)
 
 
 @triton.jit
@@ -63,6 +66,22 @@ def ahead(rows, inside, FIRST, COLUMNS: tl.constexpr, END: tl.constexpr):
         at = tl.arange(0, (COLUMNS + LINE - 1) // LINE)[None, :] * LINE + FIRST
         tl.inline_asm_elementwise("{ .reg .pred %p; setp.ne.s32 %p, $2, 0; @%p prefetch.global.L2 [$1]; mov.b32 $0, 0; }", "=r,l,r",
                                   [rows + at, (inside & (at < END)).to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.constexpr_function
+def _asked():
+    """Whether the kernel that is compiled here can have its loads under way early. Inductor copies this into modules of its own."""
+    from lsmc.lowering.backends import triton_early
+    return triton_early.ask()
+
+
+@triton.jit
+def early(ROOM: tl.constexpr):
+    """Have copies of the tiles that are loaded below under way as early as these kilobytes have room for them (`triton_early`)."""
+    if not INTERPRETED:
+        if _asked():
+            tl.inline_asm_elementwise(EARLY, "=r,r", [tl.full([], ROOM * 1024, tl.int32)], dtype=tl.int32, is_pure=False,
+                                      pack=1)
 
 
 @triton.jit

@@ -23,8 +23,10 @@ import torch
 from lsmc.lowering import kernels, ptxas
 
 Plan = dict[str, int]
-"""BK, BV: columns of K and V that one program takes; AHEAD: whether it asks for all loads as it begins; num_warps; num_stages of
-loads ahead; maxnreg: the most registers of a thread."""
+"""BK, BV: columns of K and V that one program takes; AHEAD: whether it asks for all loads as it begins; EARLY: kilobytes of shared
+memory that it may fill with loads under way, 0 for none; num_warps; num_stages of loads ahead; maxnreg: the most registers of a
+thread."""
+
 
 def show(plan: Plan) -> str:
     """A plan in a few words: "BK 64, BV 128, 4 warps, 2 stages"."""
@@ -124,7 +126,7 @@ class Entry:
 
 
 def _number(name: str, x: Any) -> int:
-    if type(x) is not int or not (name != "AHEAD") <= x <= 1024:
+    if type(x) is not int or not (name not in ("AHEAD", "EARLY")) <= x <= 1024:
         raise ValueError(f"{name}={x!r} cannot be part of a plan")
     return x
 

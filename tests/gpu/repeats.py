@@ -1,18 +1,21 @@
-"""Whether kernels give the same bits each time: `python tests/gpu/repeats.py [NAMES] [--times N] [--limit SECONDS]`.
+"""Whether kernels give the same bits each time: `python tests/gpu/repeats.py [NAMES] [--times N] [--limit SECONDS] [--late]`.
 
 No kernel adds in an order that depends on timing, so outputs and gradients of equal calls are equal bits; what differs was read
-before it was there. Calls of several sizes, each many times, in bfloat16, with inputs as the tests draw them, over and over; a
+before it was there. With --late they are also those of kernels that load each tile where it is wanted (`triton_early`). Calls of several sizes, each many times, in bfloat16, with inputs as the tests draw them, over and over; a
 process for each method. Exits with 1 where any differ; says which are not finite, and what has no room on the device.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -22,6 +25,7 @@ import torch
 
 import lsmc
 from lsmc.cases import Case, sample
+from lsmc.lowering.backends import triton
 from lsmc.zoo import METHODS
 
 SIZES = ((16, 4096, 8, 128), (8, 2048, 8, 128), (1, 4096, 56, 64), (2, 300, 3, 128), (1, 16384, 8, 128))
@@ -55,7 +59,18 @@ def bits(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous().view(torch.int16 if x.element_size() == 2 else torch.int32)
 
 
-def repeat(name: str, times: int, until: float) -> None:
+@contextmanager
+def late() -> Iterator[None]:
+    """Kernels whose loads are under way no earlier than they are wanted."""
+    usual = triton._Launch.plan
+    triton._Launch.plan = lambda launch, k: usual(launch, k) | ({"EARLY": 0} if k.early else {})
+    yield
+    triton._Launch.plan = usual
+    for made in (x for x in gc.get_objects() if isinstance(x, triton.Compiled)):
+        made.adopt(made.plans)  # forgets what was recorded
+
+
+def repeat(name: str, times: int, until: float, compare: bool) -> None:
     """Prints a line for each size: which results differed, and how often."""
     op = getattr(lsmc.zoo, name)
     for b, t, h, k in SIZES:
@@ -66,7 +81,8 @@ def repeat(name: str, times: int, until: float) -> None:
         torch.manual_seed(0)
         try:
             x = inputs(op, b, t, h, k)
-            first, d_o = once(op, x, None)
+            with late() if compare else nullcontext():
+                first, d_o = once(op, x, None)
             differ: dict[str, int] = {}
             for _ in range(times - 1):
                 for n, y in once(op, x, d_o)[0].items():
@@ -85,15 +101,16 @@ def main() -> None:
     p.add_argument("names", nargs="*")
     p.add_argument("--times", type=int, default=20)
     p.add_argument("--limit", type=float, default=300)
+    p.add_argument("--late", action="store_true")
     p.add_argument("--worker", type=float, help=argparse.SUPPRESS)
     a = p.parse_args()
     if a.worker:
-        repeat(a.names[0], a.times, a.worker)
+        repeat(a.names[0], a.times, a.worker, a.late)
         return
     until = time.time() + a.limit
 
     def one(name: str) -> str:
-        command = [sys.executable, __file__, name, "--times", str(a.times), "--worker", str(until)]
+        command = [sys.executable, __file__, name, "--times", str(a.times), "--worker", str(until), *["--late"] * a.late]
         done = subprocess.run(command, capture_output=True, text=True)
         return done.stdout + (f"{name} FAILED {done.stderr[-300:]}\n" if done.returncode else "")
 
