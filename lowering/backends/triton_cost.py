@@ -35,7 +35,7 @@ class Rates:
     twice: int
 
 
-RATES = {True: Rates(0.35e-6, 6e-11, 0.0, 2, 230, 60), False: Rates(0.30e-6, 3.3e-11, 0.05e-6, 6, 400, 200)}
+RATES = {True: Rates(0.35e-6, 6e-11, 0.0, 2, 230, 60), False: Rates(0.27e-6, 3.3e-11, 0.05e-6, 6, 350, 150)}
 """Of scans, which load what the next chunks want, and of kernels over chunks."""
 PRODUCTS = {"form": 2, "form_gate": 4, "inverse": 10, "matmul": 1}
 CHAINED = 0.2e-6
