@@ -65,8 +65,8 @@ def candidates(compiled: Compiled, shape: Shape, target: Target = H200) -> dict[
 
     Varied are the columns of the split dimension; where there is a loop, the loads ahead, elsewhere whether they are asked for
     first and how much of them is under way early; eight warps where one program of a scan takes all columns (they were slower
-    everywhere else); and, of kernels over chunks, so few registers that a third program has room: worth some spills where programs
-    wait for instructions.
+    everywhere else); and, of kernels over chunks, so few registers that a third program has room: worth some spills where
+    programs wait.
     """
     out: dict[str, dict[Candidate, float]] = {}
     usual = defaults(compiled, shape)

@@ -1,8 +1,9 @@
 """Whether kernels give the same bits each time: `python tests/gpu/repeats.py [NAMES] [--times N] [--limit SECONDS] [--late]`.
 
 No kernel adds in an order that depends on timing, so outputs and gradients of equal calls are equal bits; what differs was read
-before it was there. With --late they are also those of kernels that load each tile where it is wanted (`triton_early`). Calls of several sizes, each many times, in bfloat16, with inputs as the tests draw them, over and over; a
-process for each method. Exits with 1 where any differ; says which are not finite, and what has no room on the device.
+before it was there. With --late they are also those of kernels that load each tile where it is wanted (`triton_early`).
+Calls of several sizes, each many times, in bfloat16, with inputs as the tests draw them, over and over; a process for each
+method. Exits with 1 where any differ; says which are not finite, and what has no room on the device.
 """
 
 from __future__ import annotations
@@ -64,8 +65,10 @@ def late() -> Iterator[None]:
     """Kernels whose loads are under way no earlier than they are wanted."""
     usual = triton._Launch.plan
     triton._Launch.plan = lambda launch, k: usual(launch, k) | ({"EARLY": 0} if k.early else {})
-    yield
-    triton._Launch.plan = usual
+    try:
+        yield
+    finally:
+        triton._Launch.plan = usual
     for made in (x for x in gc.get_objects() if isinstance(x, triton.Compiled)):
         made.adopt(made.plans)  # forgets what was recorded
 
