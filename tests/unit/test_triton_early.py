@@ -44,20 +44,59 @@ for method, name in json.loads(sys.argv[1]).items():
                 out[name] = [texts[name], *(r.shared for r in found)]
 json.dump(out, sys.stdout)
 """
+COPIED = """
+import sys
+from torch._inductor.codegen.wrapper import user_defined_triton_kernel_transitive_closure_source_code as copied
+from lsmc import zoo
+from lsmc.pipeline import Options, compile_plan
+
+made = compile_plan(zoo.retnet.canonical, Options(target="triton", fresh=True, schedule="two_pass")).backward.executable
+name = next(k.name for k in made.kernels if k.early)
+text = copied(made.functions[name])
+open(sys.argv[1], "w").write("import triton\\nimport triton.language as tl\\n@triton.jit\\n" + text.lstrip() + f"\\nkernel = {name}\\n")
+"""
+"""Writes a kernel as Inductor does, into a module of its own."""
+ELSEWHERE = """
+import sys
+import module, triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+assert "lsmc" not in sys.modules
+constants = {"C": 64, "STEP": 64, "LEVELS": 6, "K": 64, "V": 64, "BK": 64, "BV": 64, "PACKED": False, "HOW": 2, "DT": tl.bfloat16,
+             "AHEAD": 0, "EARLY": 112}
+names = module.kernel.arg_names
+constants = {n: 1 if n.startswith("sg_") else constants[n] for n in names if n.startswith("sg_") or n in constants}
+types = {n: "constexpr" if n in constants else "*bf16" if n[:2] in ("p_", "o_", "t_", "s_") else "*i64" if n in ("cu", "first") else
+         "*i32" if n in ("owner", "_flags") else "i32" for n in names}
+aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if types[n][0] == "*" or n[:3] in ("sb_", "st_", "sh_")}
+made = triton.compile(ASTSource(fn=module.kernel, signature=types, constexprs=constants, attrs=aligned),
+                      target=GPUTarget("cuda", 90, 32))
+print(made.asm["ttgir"].count("async_copy_global_to_local"))
+"""
 COPY = re.compile(r"    (%early_\d+) = ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x(\d+)x(\w+),")
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[object]]:
-    """Of each kernel: what Triton made of it, and its shared memory without early loads and with them.
+    """Of each kernel: what Triton made of it, and its shared memory without early loads and with them."""
+    return dict(json.loads(alone(SCRIPT, json.dumps(KERNELS), folder=tmp_path_factory.mktemp("triton"))))
 
-    In a process of its own, as Triton's interpreter may be on in this one."""
+
+def alone(script: str, *args: str, folder: Path) -> str:
+    """What a script prints in a process of its own, without Triton's interpreter; it finds modules in `folder`, too."""
     env = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
-    env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))  # what is there already would not be made again
-    done = subprocess.run([sys.executable, "-c", SCRIPT, json.dumps(KERNELS)], capture_output=True, text=True, env=env, timeout=280,
-                          cwd=Path(__file__).parents[2])
+    env["TRITON_CACHE_DIR"] = str(folder / "cache")  # what is there already would not be made again
+    env["PYTHONPATH"] = os.pathsep.join([str(folder), str(Path(__file__).parents[2])])
+    done = subprocess.run([sys.executable, "-c", script, *args], capture_output=True, text=True, env=env, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
-    return dict(json.loads(done.stdout))
+    return done.stdout
+
+
+def test_kernels_that_inductor_copies_are_rewritten_where_lsmc_was_never_imported(tmp_path: Path) -> None:
+    alone(COPIED, str(tmp_path / "module.py"), folder=tmp_path)
+    assert int(alone(ELSEWHERE, folder=tmp_path)) > 0
 
 
 def with_room(text: str, room: int) -> str:
